@@ -1,0 +1,53 @@
+"""Differentially private fine-tuning of Hugging Face models with forward passes only (DPZero)."""
+
+from peft_dpzero.config import DPZeroConfig
+from peft_dpzero.errors import DPZeroError, PrivateStepError
+from peft_dpzero.estimation.batching import LogicalBatches
+from peft_dpzero.estimation.differences import Losses
+from peft_dpzero.estimation.losses import (
+    ClassificationTask,
+    FunctionTask,
+    Seq2SeqTask,
+    Task,
+    TokenTask,
+    Verbalizer,
+    infer_task,
+)
+from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
+from peft_dpzero.mechanism.accountant import PrivacyPlan, make_plan
+from peft_dpzero.mechanism.private_sum import Released
+from peft_dpzero.perturbation import Perturbation
+from peft_dpzero.release.journal import Journal
+from peft_dpzero.release.optimizer import DPZeroOptimizer
+from peft_dpzero.release.record import privacy_record, save_card, save_record
+from peft_dpzero.step import PrivateStep
+from peft_dpzero.trainer import DPZeroTrainer, DPZeroTrainerMixin
+
+__all__ = [
+    "ClassificationTask",
+    "DPZeroConfig",
+    "DPZeroError",
+    "DPZeroOptimizer",
+    "DPZeroTrainer",
+    "DPZeroTrainerMixin",
+    "FunctionTask",
+    "Journal",
+    "LogicalBatches",
+    "Losses",
+    "Perturbation",
+    "PoissonSampler",
+    "PrivacyPlan",
+    "PrivateStep",
+    "PrivateStepError",
+    "Released",
+    "Seq2SeqTask",
+    "Task",
+    "TokenTask",
+    "Verbalizer",
+    "infer_task",
+    "make_plan",
+    "new_secret",
+    "privacy_record",
+    "save_card",
+    "save_record",
+]

@@ -1,0 +1,163 @@
+"""`DPZeroConfig`: what a user decides about the mechanism and its privacy."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+CONFIG_NAME = "dpzero_config.json"
+
+DIFFERENCES = ("central", "forward")
+DISTRIBUTIONS = ("gaussian", "rademacher", "sphere")
+NEIGHBORING = ("add_or_remove_one", "replace_one")
+TRAIN_LOSSES = ("withheld", "nonprivate")
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(frozen=True)
+class DPZeroConfig:
+    """Settings of a DPZero run (arXiv 2310.09639; with `num_directions` > 1, DP-AggZO, USENIX Security 2025).
+
+    Give either `target_epsilon` (σ is then calibrated before the first step) or `noise_multiplier` (the ε that
+    it buys is then reported), and `target_delta` with both. A value out of range raises a `ValueError` that
+    names the field and the fix.
+    """
+
+    # Parameters that control the guarantee.
+    target_epsilon: float | None = field(
+        default=None, metadata=_help("ε to spend over the whole run; σ is calibrated to it.")
+    )
+    target_delta: float | None = field(
+        default=None, metadata=_help("δ of the guarantee; must stay below 1 / number of training examples.")
+    )
+    noise_multiplier: float | None = field(
+        default=None, metadata=_help("σ, noise standard deviation over clipping threshold; instead of ε.")
+    )
+    neighboring: str = field(
+        default="add_or_remove_one",
+        metadata=_help("Which data sets are neighbours: 'add_or_remove_one' or 'replace_one'."),
+    )
+    clipping_threshold: float = field(
+        default=10.0, metadata=_help("C: the L2 bound on one example's vector of K loss differences.")
+    )
+
+    # Parameters that control the estimate.
+    num_directions: int = field(default=16, metadata=_help("K: random directions a step; 1 is DPZero."))
+    smoothing_parameter: float = field(default=1e-3, metadata=_help("λ: how far parameters are perturbed."))
+    difference: str = field(
+        default="central",
+        metadata=_help("'central' costs 2K forward passes a step; 'forward' K+1, with more bias."),
+    )
+    direction_distribution: str = field(
+        default="gaussian", metadata=_help("'gaussian', 'rademacher' or 'sphere' (radius √d).")
+    )
+    direction_seed: int = field(
+        default=0, metadata=_help("Public seed of the directions. The noise and the sampling never read it.")
+    )
+
+    # Parameters that control what else leaves training.
+    train_loss: str = field(
+        default="withheld",
+        metadata=_help("'withheld', or 'nonprivate': logs the raw loss, which the guarantee does not cover."),
+    )
+    deterministic: bool = field(
+        default=False,
+        metadata=_help("Seeded sampling and noise, for tests. Gives NO privacy, and the record says so."),
+    )
+
+    def __post_init__(self) -> None:
+        self._check_budget()
+        self._check_choice("neighboring", NEIGHBORING)
+        self._check_choice("difference", DIFFERENCES)
+        self._check_choice("direction_distribution", DISTRIBUTIONS)
+        self._check_choice("train_loss", TRAIN_LOSSES)
+        self._check_positive("clipping_threshold")
+        self._check_positive("smoothing_parameter", finite=True)
+        self._check_integer("num_directions", low=1, high=4096)
+        self._check_integer("direction_seed", low=0, high=2**63 - 1)
+        if not isinstance(self.deterministic, bool):
+            raise ValueError(f"deterministic must be true or false, got {self.deterministic!r}.")
+        if math.isinf(self.clipping_threshold) and self.noise_multiplier != 0:
+            raise ValueError(
+                "clipping_threshold=inf bounds nobody's influence, so no noise can protect it: "
+                "set a finite clipping_threshold (or noise_multiplier=0 for a non-private run)."
+            )
+
+    @property
+    def is_private(self) -> bool:
+        """Whether a run with this config has any guarantee: noise is added, and it is secret."""
+        return self.noise_multiplier != 0 and not self.deterministic
+
+    def replace(self, **changes: Any) -> DPZeroConfig:
+        """Returns a copy with `changes` applied and validated."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as JSON-ready values."""
+        return dataclasses.asdict(self)
+
+    def save_pretrained(self, save_directory: str | Path) -> Path:
+        """Writes `dpzero_config.json` into `save_directory` and returns its path."""
+        path = Path(save_directory) / CONFIG_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DPZeroConfig:
+        """Builds a config; keys that this version does not know are dropped with a warning."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            warnings.warn(f"DPZeroConfig does not know {unknown}: dropped.", stacklevel=2)
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path) -> DPZeroConfig:
+        """Reads `dpzero_config.json` from a folder or a Hub repository."""
+        path = Path(name_or_path) / CONFIG_NAME
+        if not path.is_file():
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(str(name_or_path), CONFIG_NAME))
+        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+    def _check_budget(self) -> None:
+        if (self.target_epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError("Give exactly one of target_epsilon and noise_multiplier.")
+        if self.target_epsilon is not None:
+            self._check_positive("target_epsilon", finite=True)
+        if self.noise_multiplier is not None and not (
+            _is_number(self.noise_multiplier) and 0 <= self.noise_multiplier < math.inf
+        ):
+            raise ValueError(f"noise_multiplier must be a number >= 0, got {self.noise_multiplier!r}.")
+        if self.target_delta is None:
+            raise ValueError("target_delta is missing: set it well below 1 / number of training examples.")
+        if not (_is_number(self.target_delta) and 0 < self.target_delta < 1):
+            raise ValueError(f"target_delta must lie strictly between 0 and 1, got {self.target_delta!r}.")
+
+    def _check_positive(self, name: str, finite: bool = False) -> None:
+        value = getattr(self, name)
+        if not _is_number(value) or not value > 0 or (finite and math.isinf(value)):
+            raise ValueError(f"{name} must be a {'finite ' if finite else ''}number above 0, got {value!r}.")
+
+    def _check_integer(self, name: str, low: int, high: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise ValueError(f"{name} must be an integer from {low} to {high}, got {value!r}.")
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)

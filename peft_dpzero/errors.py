@@ -1,0 +1,23 @@
+"""Errors whose text is safe to show while private data is in hand."""
+
+from __future__ import annotations
+
+import traceback
+
+
+class DPZeroError(ValueError):
+    """A setting, data schema or model that cannot be trained privately. The text quotes no private value."""
+
+
+class PrivateStepError(RuntimeError):
+    """Some code failed while it held private data. The text names the error's type and place, no value."""
+
+    @classmethod
+    def withhold(cls, step: int, error: Exception) -> PrivateStepError:
+        """Keeps of `error` only its type and the code lines it went through."""
+        frames = traceback.extract_tb(error.__traceback__)[-4:]
+        places = "".join(f"\n  {frame.filename}:{frame.lineno} in {frame.name}" for frame in frames)
+        return cls(
+            f"{type(error).__name__} in step {step}, while private data was in hand. Its message is withheld, since "
+            f"it may quote the data; run the same code on made-up data to see it. Raised at:{places}"
+        )

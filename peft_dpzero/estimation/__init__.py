@@ -1,0 +1,1 @@
+"""What sees examples: sampling, batching, losses and loss differences. Nothing here leaves training."""

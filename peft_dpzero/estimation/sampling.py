@@ -1,0 +1,50 @@
+"""Poisson sampling of privacy units: who joins a step's logical batch."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+
+import numpy as np
+
+SECRET_BYTES = 32
+
+
+def new_secret() -> bytes:
+    """32 bytes from the operating system: the key of one run's sampling. Never saved, never logged."""
+    return secrets.token_bytes(SECRET_BYTES)
+
+
+def seeded_secret(seed: int) -> bytes:
+    """A predictable key, for deterministic mode only."""
+    return hashlib.sha256(b"peft_dpzero deterministic sampling %d" % seed).digest()
+
+
+class PoissonSampler:
+    """Draws each of `num_units` into a step's batch independently with probability `sample_rate`.
+
+    The bits are SHAKE-256 of a secret key and the step, so that processes that share the key draw the same
+    batch without talking, and nobody without it can predict one. A unit joins if its 64-bit word is below
+    ⌊q·2⁶⁴⌋: the true rate is at most q, which the accountant assumes.
+
+    Args:
+        num_units: N, the number of privacy units.
+        sample_rate: q in (0, 1].
+        secret: the key, from `new_secret` and shared by every process of the run.
+    """
+
+    def __init__(self, num_units: int, sample_rate: float, secret: bytes) -> None:
+        self.num_units = num_units
+        self.sample_rate = sample_rate
+        self._secret = secret
+
+    def draw(self, step: int) -> np.ndarray:
+        """Indices of the units in this step's batch, ascending: (n,) int64, n random and possibly 0."""
+        threshold = int(self.sample_rate * 2.0**64)
+        if threshold >= 1 << 64:
+            return np.arange(self.num_units)
+        stream = hashlib.shake_256(self._secret + step.to_bytes(8, "little")).digest(8 * self.num_units)
+        return np.flatnonzero(np.frombuffer(stream, dtype="<u8") < np.uint64(threshold))
+
+    def __repr__(self) -> str:
+        return f"PoissonSampler(num_units={self.num_units}, sample_rate={self.sample_rate})"

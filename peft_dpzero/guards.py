@@ -1,0 +1,218 @@
+"""What is refused before any data is read, and the start-up probe on made-up tokens."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from peft_dpzero.errors import DPZeroError
+from peft_dpzero.estimation.trunk import SharedTrunk
+from peft_dpzero.perturbation import Perturbation
+
+logger = logging.getLogger(__name__)
+
+# How far the probe moves the parameters: enough to show in float32 logits whatever the adapter.
+_PROBE_SCALE = 0.1
+_PROBE_LENGTHS = (5, 9, 7)
+
+# (argument of TrainingArguments, is it set?, why it is refused and what to do)
+_REFUSED_ARGUMENTS: Sequence[tuple[str, Callable[[Any], bool], str]] = (
+    ("deepspeed", bool, "DeepSpeed shards the parameters that are perturbed: use accelerate launch without it."),
+    ("fsdp", bool, "FSDP shards the parameters that are perturbed: use accelerate launch without it."),
+    ("fp16", bool, "its gradient scaler needs a backward pass: use bf16=True or float32."),
+    ("neftune_noise_alpha", lambda v: v is not None, "NEFTune adds noise of its own to every forward pass."),
+    ("auto_find_batch_size", bool, "a restart would repeat releases unaccounted: set the batch size yourself."),
+    ("torch_empty_cache_steps", lambda v: v is not None, "it serves the backward pass, and there is none."),
+    ("label_smoothing_factor", bool, "per-example losses do not apply it: pass per_example_loss with it inside."),
+    (
+        "include_num_input_tokens_seen",
+        lambda v: v not in (False, None, "no"),
+        "the number of sampled tokens is private.",
+    ),
+    (
+        "train_sampling_strategy",
+        lambda v: v not in (None, "random"),
+        "examples must be sampled independently: leave it at 'random'.",
+    ),
+    ("group_by_length", bool, "examples must be sampled independently: turn it off."),
+    ("packing", bool, "packed rows mix examples, so that no single one can be clipped: turn it off."),
+    ("padding_free", bool, "flattened rows mix examples, so that no single one can be clipped: turn it off."),
+    (
+        "hub_strategy",
+        lambda v: getattr(v, "value", v) in ("checkpoint", "all_checkpoints"),
+        "checkpoints hold more than the release: use 'end' or 'every_save'.",
+    ),
+)
+
+
+def check_arguments(args: Any) -> None:
+    """Refuses training arguments that break the sensitivity or leak.
+
+    Raises:
+        DPZeroError: names the argument, the reason and the way out.
+    """
+    for name, is_set, reason in _REFUSED_ARGUMENTS:
+        if is_set(getattr(args, name, None)):
+            raise DPZeroError(f"{name}={getattr(args, name)!r} cannot be used with DPZero: {reason}")
+
+
+def check_dataset(dataset: Any) -> None:
+    """Refuses data that cannot be Poisson-sampled.
+
+    Raises:
+        DPZeroError: no data set, an iterable one, or an empty one.
+    """
+    if dataset is None:
+        raise DPZeroError("train_dataset is missing: DPZero trains on a map-style data set.")
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise DPZeroError(
+            "train_dataset is iterable or streaming: Poisson sampling needs random access. Load it in full, for "
+            "example with datasets.Dataset.from_generator."
+        )
+    if len(dataset) == 0:
+        raise DPZeroError("train_dataset is empty: there is nothing to train on.")
+
+
+def check_collator(collator: Any) -> None:
+    """Refuses collators that join examples.
+
+    Raises:
+        DPZeroError: the collator flattens or packs.
+    """
+    flattens = any(kind.__name__ == "DataCollatorWithFlattening" for kind in type(collator).__mro__)
+    if flattens or getattr(collator, "padding_free", False) is True:
+        raise DPZeroError(
+            f"{type(collator).__name__} joins examples into one row, so that no single one can be clipped: use a "
+            "padding collator."
+        )
+
+
+def check_columns(dataset: Any, label_names: Sequence[str]) -> None:
+    """Refuses a data set whose column names show that it has no labels.
+
+    Raises:
+        DPZeroError: names the columns.
+    """
+    columns = getattr(dataset, "column_names", None)
+    if columns and not set(columns) & {"label", "labels", "label_ids", *label_names}:
+        raise DPZeroError(
+            f"train_dataset has no 'labels' column (it has {', '.join(columns)}). Add one; for a causal LM, a copy of "
+            "input_ids with -100 where no loss is wanted, or a data_collator that makes it."
+        )
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuses models with NaN or infinite weights.
+
+    Raises:
+        DPZeroError: names the parameter.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise DPZeroError(f"Parameter {name} holds NaN or infinity: load the model again, or fix its checkpoint.")
+
+
+class Probe:
+    """Runs a text model on made-up tokens.
+
+    Args:
+        model: takes `input_ids` and `attention_mask`, returns `.logits`.
+        device: where the inputs go.
+    """
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self.model = model
+        config = model.config
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+        self.pad = int(getattr(text, "pad_token_id", None) or 0)
+        generator = torch.Generator().manual_seed(0)
+        draw = torch.randint(0, text.vocab_size - 1, (sum(_PROBE_LENGTHS),), generator=generator)
+        ids = draw + (draw >= self.pad).long()
+        self.rows = [row.to(device) for row in torch.split(ids, list(_PROBE_LENGTHS))]
+
+    @staticmethod
+    def suits(model: nn.Module) -> bool:
+        """Whether the model reads tokens, so that a probe can be made up."""
+        return hasattr(model, "config") and getattr(model, "main_input_name", "input_ids") == "input_ids"
+
+    @torch.no_grad()
+    def logits(self, rows: Sequence[Tensor]) -> Tensor:
+        """Logits of a right-padded batch of `rows`: (b, …)."""
+        ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=self.pad)
+        lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+        mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if self.encoder_decoder:
+            inputs["decoder_input_ids"] = ids[:, :3]
+        return torch.as_tensor(self.model(**inputs).logits)
+
+    def run(self) -> Tensor:
+        """Logits of the whole probe."""
+        return self.logits(self.rows)
+
+    def check_independence(self) -> None:
+        """Refuses models in which an example's output depends on its batch-mates.
+
+        Raises:
+            DPZeroError: it does.
+        """
+        together = self.run()
+        for i, row in enumerate(self.rows):
+            alone = self.logits([row])[0]
+            beside = together[i]
+            if alone.ndim == 2 and not self.encoder_decoder:
+                beside = beside[: alone.shape[0]]
+            tolerance = 1e-3 if alone.dtype in (torch.float32, torch.float64) else 0.1
+            if not torch.allclose(alone.double(), beside.double(), rtol=tolerance, atol=tolerance):
+                raise DPZeroError(
+                    "An example's output depends on its batch-mates (found on made-up tokens), so clipping it bounds "
+                    "nothing. Usual causes: batch norm in train mode, a mixture of experts that drops tokens, a "
+                    "model that ignores attention_mask, packing. Use a model or setting without it."
+                )
+
+    def check_reach(self, perturbation: Perturbation) -> None:
+        """Refuses trainable parameters that do not influence the output.
+
+        Raises:
+            DPZeroError: moving them all changes no logit.
+        """
+        before = self.run()
+        with perturbation.at(0, 0, _PROBE_SCALE):
+            after = self.run()
+        if torch.equal(before, after):
+            raise DPZeroError(
+                "The trainable parameters do not reach the logits: is the adapter active (model.set_adapter) and on "
+                "modules that the model uses?"
+            )
+
+    def find_trunk(self, perturbation: Perturbation) -> SharedTrunk | None:
+        """The activations that directions can share, or None if there are none or sharing changes the output."""
+        trunk = SharedTrunk(self.model, self.run)
+        if not trunk.modules:
+            return None
+        with perturbation.at(0, 0, _PROBE_SCALE):
+            plain = self.run()
+        with trunk.shared():
+            self.run()
+            for _ in range(2):
+                with perturbation.at(0, 0, _PROBE_SCALE):
+                    shared = self.run()
+        if not torch.allclose(plain, shared, rtol=1e-5, atol=1e-6):
+            logger.info("Activations are not shared between directions: this model changes them in place.")
+            return None
+        return trunk
+
+
+def fingerprint(perturbation: Perturbation) -> tuple[float, ...]:
+    """A number for each perturbed parameter that changes when it moves."""
+    return tuple(
+        math.fsum((p.detach().double().sum().item(), p.detach().double().square().sum().item()))
+        for p in perturbation.parameters.values()
+    )

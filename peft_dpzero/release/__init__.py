@@ -1,0 +1,1 @@
+"""What works on released numbers only: the optimizer, the journal, the record and the model card."""

@@ -1,0 +1,94 @@
+"""SGD on the released estimate: a `torch.optim.Optimizer` that needs no gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_dpzero.mechanism.private_sum import Released
+from peft_dpzero.perturbation import Perturbation, shifted
+
+
+class DPZeroOptimizer(torch.optim.Optimizer):
+    """θ ← θ − η (Σ_k ĝ_k z_k + weight decay · θ), post-processing of what was released.
+
+    Learning-rate schedules, parameter groups and checkpoints work as with any torch optimizer. Parameters in half
+    precision get a float32 master copy in the optimizer's state, so that small updates add up.
+
+    Args:
+        params: parameters or groups, as for `torch.optim.SGD`.
+        lr: η.
+        weight_decay: L2 coefficient, added to the gradient.
+        momentum: factor of the running sum of past estimates; 0 keeps none.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+    ) -> None:
+        if lr < 0:
+            raise ValueError(f"lr must be >= 0, got {lr!r}.")
+        if weight_decay < 0:
+            raise ValueError(f"weight_decay must be >= 0, got {weight_decay!r}.")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1), got {momentum!r}.")
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self._pending: tuple[Released, Perturbation] | None = None
+
+    def load(self, released: Released, perturbation: Perturbation) -> None:
+        """Hands over one step's release; the next `step` applies it, once."""
+        self._pending = (released, perturbation)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Applies the loaded release.
+
+        Raises:
+            RuntimeError: none is loaded: each release may be used once.
+        """
+        if self._pending is None:
+            raise RuntimeError("No release is loaded: each one updates the parameters exactly once.")
+        released, perturbation = self._pending
+        self._pending = None
+        names = {parameter: name for name, parameter in perturbation.parameters.items()}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter in names:
+                    gradient = self._gradient(released, perturbation, names[parameter])
+                    self._update(parameter, gradient, group)
+
+    @staticmethod
+    def _gradient(released: Released, perturbation: Perturbation, name: str) -> Tensor:
+        parameter = perturbation.parameters[name]
+        gradient = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+        for k, coefficient in enumerate(released.coefficients):
+            gradient.add_(perturbation.z(released.step, k, name), alpha=coefficient)
+        return gradient
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if parameter.dtype != gradient.dtype and "master" not in state:
+            state["master"] = parameter.detach().to(gradient.dtype, copy=True)
+        value = state.get("master", parameter)
+        gradient = gradient.add(value, alpha=group["weight_decay"]) if group["weight_decay"] else gradient
+        if group["momentum"]:
+            velocity = state.setdefault("momentum", torch.zeros_like(gradient))
+            gradient = velocity.mul_(group["momentum"]).add_(gradient)
+        value.copy_(shifted(value, gradient.mul(-group["lr"])))
+        if value is not parameter:
+            parameter.copy_(value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but the float32 state of a half-precision parameter stays float32."""
+        super().load_state_dict(state_dict)
+        saved = state_dict["state"]
+        order = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, state in saved.items():
+            for key, value in state.items():
+                self.state[order[index]][key] = value.clone().to(order[index].device)

@@ -1,0 +1,118 @@
+"""What a trainer writes to disk and to the Hub: the model, its configuration, record and card; nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import HfApi
+from transformers.utils import PushInProgress
+
+from peft_dpzero.config import CONFIG_NAME
+from peft_dpzero.release.record import CARD_NAME, RECORD_NAME, save_card, save_record
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Host
+else:
+    _Host = object
+
+# All that a push may upload.
+RELEASED_FILES = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+    CONFIG_NAME,
+    RECORD_NAME,
+    CARD_NAME,
+)
+
+
+class SavingMixin(_Host):  # type: ignore[misc]
+    """Saving and pushing of a private Trainer."""
+
+    def privacy_record(self) -> dict[str, Any]:
+        """The record of the releases made so far."""
+        raise NotImplementedError
+
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model.save_pretrained(folder, state_dict=state_dict)
+        self.dpzero_config.save_pretrained(folder)
+        save_record(self.privacy_record(), folder)
+        self._save_card(folder)
+
+    def _save_card(self, folder: Path, **card_data: Any) -> None:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        library = "peft" if hasattr(model, "peft_config") else "transformers"
+        save_card(self.privacy_record(), folder, _hub_name(model), library, **card_data)
+
+    def create_model_card(self, *args: Any, **card_data: Any) -> None:
+        """Writes the privacy statement to README.md. `card_data`: language, license, tags … of the card's YAML."""
+        if self.is_world_process_zero():
+            self._save_card(Path(self.args.output_dir), **card_data)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card_data: Any,
+    ) -> Any:
+        """Saves and uploads the model, its configuration, record and card; no other file of the folder."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token or self.args.hub_token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**card_data)
+        self._finish_current_push()
+        return self._upload(
+            self.args.output_dir,
+            commit_message,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            run_as_future=not blocking,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.is_world_process_zero() or self.args.hub_strategy == "end":
+            return
+        message = f"Training in progress, step {self.state.global_step}"
+        job = self._upload(checkpoint_folder, message, token=self.args.hub_token, run_as_future=True)
+        self._finish_current_push()
+        self.push_in_progress = PushInProgress([job])
+
+    def _upload(self, folder: str, message: str | None, **kwargs: Any) -> Any:
+        return HfApi().upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=folder,
+            commit_message=message,
+            allow_patterns=list(RELEASED_FILES),
+            **kwargs,
+        )
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Nothing: no secret and no seed goes into a checkpoint."""
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing: restored state would repeat old randomness."""
+
+
+def _hub_name(model: Any) -> str | None:
+    """The base model's name if it can be a Hub name; a local path is nobody's business."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = str(getattr(getattr(base, "config", None), "_name_or_path", "") or "")
+    return name if name.count("/") <= 1 and name and not Path(name).exists() else None

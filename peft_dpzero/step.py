@@ -1,0 +1,160 @@
+"""One step of DPZero, top to bottom.
+
+θ: the trainable parameters. λ smoothing_parameter, K num_directions, C clipping_threshold, σ noise_multiplier,
+q = B / N sample_rate, γ = C / 2²⁰.
+
+    1  sample    each unit joins the batch with probability q                        secret
+    2  direct    z_1 … z_K from (seed, step, k)                                      public
+    3  evaluate  ℓ_i(θ + λz_k), ℓ_i(θ − λz_k) in float32, without autograd           secret
+    4  subtract  d_ik = (ℓ_i(θ + λz_k) − ℓ_i(θ − λz_k)) / 2λ                         secret
+    5  clip      v_i = d_i · min(1, C / ‖d_i‖), rounded toward zero onto γℤ           secret
+    6  release   s = Σ_i v_i / γ + discrete Gaussian of scale σC/γ; ĝ = γs / (B·K)    public from here
+    7  update    θ ← θ − η (Σ_k ĝ_k z_k + weight decay · θ)                          public
+
+Steps 1 to 6 are `PrivateStep`; step 7 is `DPZeroOptimizer.step`, under whatever schedule drives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+
+from peft_dpzero.errors import DPZeroError, PrivateStepError
+from peft_dpzero.estimation.batching import LogicalBatches
+from peft_dpzero.estimation.differences import Losses, estimate_differences
+from peft_dpzero.mechanism.accountant import PrivacyPlan
+from peft_dpzero.mechanism.private_sum import PrivateSum, Released
+from peft_dpzero.perturbation import Perturbation
+from peft_dpzero.release.journal import Journal, JournalEntry
+from peft_dpzero.release.optimizer import DPZeroOptimizer
+
+
+class AcceleratedProcesses:
+    """The processes of an Accelerate launch, as the mechanism needs them."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.is_main_process = bool(accelerator.is_main_process)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over processes, on the CPU."""
+        reduced = self.accelerator.reduce(tensor.to(self.accelerator.device), "sum")
+        return torch.as_tensor(reduced).to("cpu")
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """The first process's tensor, on the CPU."""
+        return torch.as_tensor(broadcast(tensor.to(self.accelerator.device))).to("cpu")
+
+
+def share_parameters(perturbation: Perturbation, processes: AcceleratedProcesses) -> None:
+    """Gives every process the first one's trainable parameters, so that all start from the same θ."""
+    with torch.no_grad():
+        for parameter in perturbation.parameters.values():
+            parameter.copy_(processes.broadcast(parameter.detach()))
+
+
+@dataclass
+class StepReport:
+    """What the caller may show of a step: the release, and the raw mean loss if the user asked for it."""
+
+    released: Released
+    nonprivate_loss: float | None = None
+
+
+class PrivateStep:
+    """Lines 1 to 6 of the step, journalled, with the release loaded into the optimizer for line 7.
+
+    Args:
+        model: the model; `eval()` is called on it at each step.
+        plan: the run's plan, from `make_plan`.
+        batches: the run's private batches.
+        losses: per-example losses of `model`.
+        perturbation: over `model`'s trainable parameters.
+        optimizer: takes each release.
+        journal: where each release is written before it is used; None on processes that write nothing.
+        replayed: releases made before a crash, which are applied again instead of being made again.
+        accelerator: for several processes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: PrivacyPlan,
+        batches: LogicalBatches,
+        losses: Losses,
+        perturbation: Perturbation,
+        optimizer: DPZeroOptimizer,
+        journal: Journal | None = None,
+        replayed: Sequence[JournalEntry] = (),
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        self.model = model
+        self.config = plan.config
+        self.plan = plan
+        self.batches = batches
+        self.losses = losses
+        self.perturbation = perturbation
+        self.optimizer = optimizer
+        self.journal = journal
+        self.replayed = tuple(replayed)
+        self.processes = AcceleratedProcesses(accelerator) if accelerator is not None else None
+        self.mechanism = PrivateSum(plan.config, plan.expected_batch_size, self.processes)
+
+    def __call__(self, step: int) -> StepReport:
+        """Makes step `step`'s release, or takes it from the journal if it was made before a crash.
+
+        Raises:
+            PrivateStepError: something failed while private data was in hand.
+            RuntimeError: `step` lies beyond the plan's T.
+        """
+        if step >= self.plan.steps:
+            raise RuntimeError(f"Step {step} would pass the planned {self.plan.steps} steps and their ε.")
+        if step < len(self.replayed):
+            report = StepReport(self.mechanism.interpret(step, self.replayed[step].values))
+        else:
+            report = self._release(step)
+            if self.journal is not None:
+                self.journal.record(step, self.optimizer.param_groups[0]["lr"], report.released.values)
+        self.optimizer.load(report.released, self.perturbation)
+        return report
+
+    def _release(self, step: int) -> StepReport:
+        self.model.eval()
+        try:
+            differences = estimate_differences(
+                self.losses,
+                self.batches.draw(step),
+                self.perturbation,
+                step=step,
+                num_directions=self.config.num_directions,
+                smoothing_parameter=self.config.smoothing_parameter,
+                difference=self.config.difference,
+            )
+        except DPZeroError:
+            raise
+        except Exception as error:
+            raise PrivateStepError.withhold(step, error) from None
+        released = self.mechanism.release(step, differences)
+        return StepReport(released, self._nonprivate_loss(differences.loss_sum))
+
+    def _nonprivate_loss(self, loss_sum: float) -> float | None:
+        if self.config.train_loss != "nonprivate":
+            return None
+        total = torch.tensor([loss_sum], dtype=torch.float64)
+        total = self.processes.sum(total) if self.processes else total
+        return float(total) / self.plan.expected_batch_size
+
+
+def device_placer(device: torch.device) -> Any:
+    """Moves a micro-batch's tensors to `device`."""
+
+    def place(batch: Any) -> dict[str, Any]:
+        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+    return place
