@@ -19,7 +19,7 @@ from peft_dpzero.mechanism.private_sum import Released
 from peft_dpzero.perturbation import Perturbation
 from peft_dpzero.release.journal import Journal
 from peft_dpzero.release.optimizer import DPZeroOptimizer
-from peft_dpzero.release.record import privacy_record, save_card, save_record
+from peft_dpzero.release.record import plan_header, privacy_record, save_card, save_record
 from peft_dpzero.step import PrivateStep
 from peft_dpzero.trainer import DPZeroTrainer, DPZeroTrainerMixin
 
@@ -47,6 +47,7 @@ __all__ = [
     "infer_task",
     "make_plan",
     "new_secret",
+    "plan_header",
     "privacy_record",
     "save_card",
     "save_record",

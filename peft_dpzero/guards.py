@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,6 +61,29 @@ def check_arguments(args: Any) -> None:
     for name, is_set, reason in _REFUSED_ARGUMENTS:
         if is_set(getattr(args, name, None)):
             raise DPZeroError(f"{name}={getattr(args, name)!r} cannot be used with DPZero: {reason}")
+
+
+def check_processes(connected: int, shards: int) -> None:
+    """Refuses processes that would each make releases of their own, or a batch that is not split among all.
+
+    Args:
+        connected: processes that take part in the sums.
+        shards: parts into which each logical batch is split.
+
+    Raises:
+        DPZeroError: fewer are connected than were launched, or the parts are not as many.
+    """
+    launched = int(os.environ.get("WORLD_SIZE") or 1)
+    if connected < launched:
+        raise DPZeroError(
+            f"{launched} processes were launched but {connected} take part: each would spend the ε on its own. Pass "
+            "the Accelerator, and on a machine without GPU set use_cpu=True or ACCELERATE_USE_CPU=true."
+        )
+    if shards != connected:
+        raise DPZeroError(
+            f"LogicalBatches splits a batch in {shards} but {connected} processes take part, so an example could count "
+            "more than once: pass rank=accelerator.process_index, world_size=accelerator.num_processes."
+        )
 
 
 def check_dataset(dataset: Any) -> None:

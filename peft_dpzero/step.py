@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from peft_dpzero.errors import DPZeroError, PrivateStepError
 from peft_dpzero.estimation.batching import LogicalBatches
 from peft_dpzero.estimation.differences import Losses, estimate_differences
+from peft_dpzero.guards import check_processes
 from peft_dpzero.mechanism.accountant import PrivacyPlan
 from peft_dpzero.mechanism.private_sum import PrivateSum, Released
 from peft_dpzero.perturbation import Perturbation
@@ -41,6 +41,7 @@ class AcceleratedProcesses:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.is_main_process = bool(accelerator.is_main_process)
+        self.count = int(accelerator.num_processes)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over processes, on the CPU."""
@@ -70,6 +71,8 @@ class StepReport:
 class PrivateStep:
     """Lines 1 to 6 of the step, journalled, with the release loaded into the optimizer for line 7.
 
+    With an accelerator, all processes take the first one's trainable parameters and sampling key when it is built.
+
     Args:
         model: the model; `eval()` is called on it at each step.
         plan: the run's plan, from `make_plan`.
@@ -80,6 +83,9 @@ class PrivateStep:
         journal: where each release is written before it is used; None on processes that write nothing.
         replayed: releases made before a crash, which are applied again instead of being made again.
         accelerator: for several processes.
+
+    Raises:
+        DPZeroError: the processes that were launched are not all connected, or `batches` is sharded otherwise.
     """
 
     def __init__(
@@ -105,6 +111,10 @@ class PrivateStep:
         self.replayed = tuple(replayed)
         self.processes = AcceleratedProcesses(accelerator) if accelerator is not None else None
         self.mechanism = PrivateSum(plan.config, plan.expected_batch_size, self.processes)
+        check_processes(self.processes.count if self.processes else 1, batches.world_size)
+        if self.processes:
+            share_parameters(perturbation, self.processes)
+            batches.share_key(self.processes.broadcast)
 
     def __call__(self, step: int) -> StepReport:
         """Makes step `step`'s release, or takes it from the journal if it was made before a crash.
@@ -149,12 +159,3 @@ class PrivateStep:
         total = torch.tensor([loss_sum], dtype=torch.float64)
         total = self.processes.sum(total) if self.processes else total
         return float(total) / self.plan.expected_batch_size
-
-
-def device_placer(device: torch.device) -> Any:
-    """Moves a micro-batch's tensors to `device`."""
-
-    def place(batch: Any) -> dict[str, Any]:
-        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-    return place

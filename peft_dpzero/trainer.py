@@ -30,6 +30,7 @@ from peft_dpzero.guards import (
     check_collator,
     check_columns,
     check_dataset,
+    check_processes,
     check_weights,
     fingerprint,
 )
@@ -39,7 +40,7 @@ from peft_dpzero.release.journal import JOURNAL_NAME, Journal, JournalEntry
 from peft_dpzero.release.optimizer import DPZeroOptimizer
 from peft_dpzero.release.record import plan_header, privacy_record
 from peft_dpzero.saving import SavingMixin
-from peft_dpzero.step import AcceleratedProcesses, PrivateStep, share_parameters
+from peft_dpzero.step import PrivateStep
 
 # What the stock Trainer logs that would tell of the private data.
 _WITHHELD_LOGS = ("loss", "train_loss", "total_flos", "num_input_tokens_seen")
@@ -79,6 +80,7 @@ class DPZeroTrainerMixin(SavingMixin):
             raise DPZeroError("A custom train sampler cannot be accounted for: DPZero samples by itself.")
         args = TrainingArguments("trainer_output") if args is None else args
         check_arguments(args)
+        check_processes(args.world_size, args.world_size)
         self.dpzero_config = dpzero_config
         self.logical_batch_size = int(
             args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -195,9 +197,7 @@ class DPZeroTrainerMixin(SavingMixin):
     def _build_step(self, model: nn.Module) -> PrivateStep:
         plan, config = self.privacy_plan, self.dpzero_config
         perturbation = self._perturbation()
-        share_parameters(perturbation, AcceleratedProcesses(self.accelerator))
         secret = seeded_secret(self.args.seed) if config.deterministic else new_secret()
-        secret = self._from_main_process([secret])[0]
         return PrivateStep(
             model,
             plan,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from peft_dpzero.estimation.sampling import PoissonSampler
@@ -16,7 +17,8 @@ Collator = Callable[[list[Any]], dict[str, Any]]
 class LogicalBatches:
     """The run's private batches, drawn by step number.
 
-    Every process draws the same logical batch and keeps each `world_size`-th unit of it.
+    Every process draws the same logical batch and keeps each `world_size`-th unit of it. Units are independent, so
+    rows are sorted by length before they are cut into micro-batches, which spares padding.
 
     Args:
         dataset: map-style training data.
@@ -42,16 +44,25 @@ class LogicalBatches:
         self.rank = rank
         self.world_size = world_size
 
+    def share_key(self, broadcast: Callable[[Tensor], Tensor]) -> None:
+        """Gives every process the first one's sampling key, so that all draw the same logical batches."""
+        self._sampler.share_key(broadcast)
+
     def draw(self, step: int) -> list[dict[str, Any]]:
         """This process's micro-batches of `step`: a list, empty if no unit of its share was drawn."""
         indices = self._sampler.draw(step)[self.rank :: self.world_size].tolist()
-        chunks = [indices[i : i + self.micro_batch_size] for i in range(0, len(indices), self.micro_batch_size)]
-        return [self._collate(self._rows(chunk)) for chunk in chunks]
+        rows = sorted(self._rows(indices), key=_length) if indices else []
+        return [self._collate(rows[i : i + self.micro_batch_size]) for i in range(0, len(rows), self.micro_batch_size)]
 
     def _rows(self, indices: Sequence[int]) -> list[Any]:
         if hasattr(self._dataset, "__getitems__"):
             return list(self._dataset.__getitems__(list(indices)))
         return [self._dataset[i] for i in indices]
+
+
+def _length(row: Any) -> int:
+    ids = row.get("input_ids") if isinstance(row, dict) else None
+    return len(ids) if ids is not None else 0
 
 
 class _StepNumbers(Dataset[None]):

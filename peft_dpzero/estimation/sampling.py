@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Callable
 
 import numpy as np
+import torch
+from torch import Tensor
 
 SECRET_BYTES = 32
 
@@ -30,7 +33,7 @@ class PoissonSampler:
     Args:
         num_units: N, the number of privacy units.
         sample_rate: q in (0, 1].
-        secret: the key, from `new_secret` and shared by every process of the run.
+        secret: the key, from `new_secret`; of several processes, the first one's is used.
     """
 
     def __init__(self, num_units: int, sample_rate: float, secret: bytes) -> None:
@@ -45,6 +48,10 @@ class PoissonSampler:
             return np.arange(self.num_units)
         stream = hashlib.shake_256(self._secret + step.to_bytes(8, "little")).digest(8 * self.num_units)
         return np.flatnonzero(np.frombuffer(stream, dtype="<u8") < np.uint64(threshold))
+
+    def share_key(self, broadcast: Callable[[Tensor], Tensor]) -> None:
+        """Takes the first process's key."""
+        self._secret = bytes(broadcast(torch.tensor(list(self._secret), dtype=torch.uint8)).tolist())
 
     def __repr__(self) -> str:
         return f"PoissonSampler(num_units={self.num_units}, sample_rate={self.sample_rate})"

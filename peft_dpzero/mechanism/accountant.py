@@ -64,8 +64,9 @@ def calibrate_noise_multiplier(
     sample_rate: float,
     steps: int,
     neighboring: str = "add_or_remove_one",
+    interval: float = INTERVAL,
 ) -> float:
-    """The smallest σ, to 0.1 %, for which PLD proves `target_epsilon`.
+    """The smallest σ, to 0.1 %, for which PLD proves `target_epsilon` on a grid of `interval`.
 
     RDP brackets the answer from above in milliseconds; PLD then searches inside the bracket only, since its cost
     explodes as σ shrinks.
@@ -75,7 +76,7 @@ def calibrate_noise_multiplier(
     """
 
     def proven(sigma: float) -> float:
-        return epsilon(sigma, sample_rate, steps, target_delta, neighboring)
+        return epsilon(sigma, sample_rate, steps, target_delta, neighboring, interval)
 
     high = _rdp_noise_multiplier(target_epsilon, target_delta, sample_rate, steps)
     if neighboring == "replace_one":
@@ -94,7 +95,7 @@ def calibrate_noise_multiplier(
             )
     return float(
         calibrate_dp_mechanism(
-            lambda: PLDAccountant(RELATIONS[neighboring], value_discretization_interval=INTERVAL),
+            lambda: PLDAccountant(RELATIONS[neighboring], value_discretization_interval=interval),
             lambda sigma: _event(sigma, sample_rate, steps),
             target_epsilon,
             target_delta,

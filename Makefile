@@ -1,0 +1,34 @@
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+REVIEWS := .cache/vaderSentiment-3.3.2.tar.gz
+
+.PHONY: demo test lint docs unit clean
+
+demo: $(VENV)/.ready $(REVIEWS)
+	$(RUN)/python integrations/trainer/movie_reviews.py --reviews $(REVIEWS) --output runs/demo
+
+test: lint docs unit
+
+lint: $(VENV)/.ready
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+docs: $(VENV)/.ready
+	$(RUN)/mkdocs build --strict --quiet
+
+unit: $(VENV)/.ready
+	$(RUN)/pytest -n 2
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/pip install --quiet --constraint constraints.txt torch
+	$(RUN)/pip install --quiet --constraint constraints.txt --editable ".[demo,dev]"
+	touch $@
+
+$(REVIEWS): | $(VENV)/.ready
+	$(RUN)/pip download --quiet --no-deps --no-binary :all: --dest $(@D) vaderSentiment==3.3.2
+
+clean:
+	rm -rf $(VENV) .cache runs site build dist

@@ -1,0 +1,42 @@
+"""The rated texts of Hutto and Gilbert (ICWSM 2014), read from vaderSentiment's source distribution."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+from datasets import Dataset
+
+_OUTER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+
+
+def rated_texts(archive: Path, name: str) -> list[tuple[float, str]]:
+    """(mean human rating from −4 to 4, text) of each snippet.
+
+    Args:
+        archive: vaderSentiment-3.3.2.tar.gz.
+        name: 'movieReviewSnippets', 'nytEditorialSnippets', 'tweets' or 'amazonReviewSnippets'.
+    """
+    with tarfile.open(archive) as outer:
+        inner = outer.extractfile(_OUTER)
+        assert inner is not None
+        with tarfile.open(fileobj=io.BytesIO(inner.read())) as tar:
+            member = tar.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
+            assert member is not None
+            lines = member.read().decode("utf-8", errors="replace").splitlines()
+    rows = [line.split("\t", 2) for line in lines if line.count("\t") >= 2]
+    return [(float(rating), text.strip()) for _, rating, text in rows]
+
+
+def movie_reviews(archive: Path, held_out: int = 1000) -> tuple[Dataset, Dataset]:
+    """Movie-review sentences with |rating| ≥ 0.3, labelled by its sign: (training, held-out), split with seed 0."""
+    rows = [(rating, text) for rating, text in rated_texts(archive, "movieReviewSnippets") if abs(rating) >= 0.3]
+    data = Dataset.from_dict({"text": [text for _, text in rows], "labels": [int(r > 0) for r, _ in rows]})
+    split = data.train_test_split(test_size=held_out, seed=0)
+    return split["train"], split["test"]
+
+
+def public_texts(archive: Path) -> list[str]:
+    """2,000 editorial sentences and 2,000 tweets, without their ratings: the demo's public text."""
+    return [text for name in ("nytEditorialSnippets", "tweets") for _, text in rated_texts(archive, name)[:2000]]

@@ -1,0 +1,78 @@
+"""Calibration and the record against dp-accounting alone."""
+
+from __future__ import annotations
+
+import json
+
+import dp_accounting
+import pytest
+from dp_accounting.pld import PLDAccountant
+
+from peft_dpzero import DPZeroConfig, DPZeroError, make_plan, privacy_record
+from peft_dpzero.mechanism.accountant import calibrate_noise_multiplier, epsilon
+
+
+@pytest.mark.parametrize(
+    ("rate", "steps", "target", "smallest"),
+    [(1 / 16, 10_000, 2.0, 12.497), (1 / 128, 2_000, 2.0, 0.993), (0.008, 20_000, 2.0, 2.373)],
+)
+def test_calibration_finds_the_smallest_noise(rate: float, steps: int, target: float, smallest: float) -> None:
+    sigma = calibrate_noise_multiplier(target, 1e-5, rate, steps)
+    assert sigma == pytest.approx(smallest, rel=5e-3)
+    assert epsilon(sigma, rate, steps, 1e-5) <= target
+
+
+def test_replacing_one_example_has_twice_the_sensitivity() -> None:
+    assert epsilon(2.0, 1.0, 1, 1e-5, "replace_one") == pytest.approx(epsilon(1.0, 1.0, 1, 1e-5), rel=1e-3)
+
+
+@pytest.mark.parametrize("neighboring", ["add_or_remove_one", "replace_one"])
+def test_recorded_epsilon_is_what_another_accountant_computes(neighboring: str) -> None:
+    config = DPZeroConfig(noise_multiplier=1.5, target_delta=1e-5, neighboring=neighboring)
+    record = json.loads(json.dumps(privacy_record(make_plan(config, 2000, 50, 300), steps=300)))
+
+    relation = dp_accounting.NeighboringRelation[record["neighboring"].upper()]
+    accountant = PLDAccountant(relation)
+    release = dp_accounting.GaussianDpEvent(record["noise_multiplier"])
+    sampled = dp_accounting.PoissonSampledDpEvent(record["sample_rate"], release)
+    accountant.compose(dp_accounting.SelfComposedDpEvent(sampled, record["steps"]))
+    assert record["epsilon"] == pytest.approx(accountant.get_epsilon(record["delta"]), abs=1e-3)
+
+
+def test_records_without_a_guarantee_say_so() -> None:
+    for changes in ({"deterministic": True}, {"noise_multiplier": 0}):
+        config = DPZeroConfig(**({"noise_multiplier": 1.0, "target_delta": 1e-5} | changes))
+        record = privacy_record(make_plan(config, 2000, 50, 10), steps=10)
+        assert record["epsilon"] is None
+        assert record["guarantee"].startswith("none")
+
+
+@pytest.mark.parametrize(
+    ("units", "batch", "steps", "words"),
+    [(0, 1, 1, "empty"), (10, 11, 1, "larger than the data"), (200_000, 8, 1, "1/N"), (100, 8, 0, "no steps")],
+)
+def test_impossible_plans_are_refused(units: int, batch: int, steps: int, words: str) -> None:
+    with pytest.raises(DPZeroError, match=words):
+        make_plan(DPZeroConfig(noise_multiplier=1.0, target_delta=1e-5), units, batch, steps)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"target_epsilon": 0.0}, "target_epsilon"),
+        ({"target_epsilon": None}, "target_epsilon"),
+        ({"target_delta": None}, "target_delta"),
+        ({"target_delta": 1.0}, "target_delta"),
+        ({"num_directions": 0}, "num_directions"),
+        ({"clipping_threshold": -1.0}, "clipping_threshold"),
+        ({"clipping_threshold": float("inf")}, "clipping_threshold"),
+        ({"smoothing_parameter": float("nan")}, "smoothing_parameter"),
+        ({"difference": "backward"}, "difference"),
+        ({"neighboring": "remove"}, "neighboring"),
+        ({"deterministic": "yes"}, "deterministic"),
+        ({"noise_multiplier": 1.0}, "noise_multiplier"),
+    ],
+)
+def test_wrong_values_name_their_field(changes: dict[str, object], field: str) -> None:
+    with pytest.raises(ValueError, match=field):
+        DPZeroConfig(**({"target_epsilon": 2.0, "target_delta": 1e-5} | changes))

@@ -1,0 +1,52 @@
+"""A push to a Hub on loopback, and the adapter loaded back from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from hub_server import HubServer
+from huggingface_hub import ModelCard
+
+RELEASE = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "dpzero_config.json",
+    "privacy_record.json",
+}
+
+
+def run(script: str, folder: Path, endpoint: str) -> None:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    hub = {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, str(here / script), str(folder)],
+        env=kept | hub | {"HF_HOME": str(folder / script), "PYTHONPATH": str(here)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_pushed_adapter_is_the_release_alone_and_loads_back(tmp_path: Path) -> None:
+    with HubServer() as hub:
+        run("hub_push.py", tmp_path, hub.endpoint)
+        files = hub.files("user/private-adapter")
+        assert set(files) - {".gitattributes"} == RELEASE
+        assert not any(b"hf_secret" in content for content in files.values())
+
+        record = json.loads(files["privacy_record.json"])
+        card = ModelCard(files["README.md"].decode())
+        assert card.data.privacy["epsilon"] == record["epsilon"] > 0
+        assert {"dpzero", "demo"} <= set(card.data.tags)
+        for words in ("differential privacy", "Neighbouring data sets", "Not covered", "privacy unit is one example"):
+            assert words in card.text
+        assert str(tmp_path) not in files["README.md"].decode()
+
+        run("hub_load.py", tmp_path, hub.endpoint)
