@@ -236,7 +236,7 @@ def _training_arguments(values: dict[str, Any], task: str, folder: Path) -> Trai
 class _Loader(yaml.SafeLoader):
     """YAML with the booleans and numbers of version 1.2, in which `no` is a word and `1e-5` a number."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
         first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("bool", "float", "int")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

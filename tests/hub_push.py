@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
-from tiny import arguments, tiny_dataset, tiny_model
-
 from peft_dpzero import DPZeroConfig, DPZeroTrainer
+from safetensors.torch import save_file
+
+from tiny import arguments, tiny_dataset, tiny_model
 
 
 def main() -> None:

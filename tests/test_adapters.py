@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from safetensors.torch import save_file
-from tiny import arguments, tiny_dataset, tiny_model
-
 from peft_dpzero import DPZeroConfig, DPZeroTrainer
+from safetensors.torch import save_file
+
+from tiny import arguments, tiny_dataset, tiny_model
 
 BERT = ["query", "value"]
 LLAMA = ["q_proj", "v_proj"]

@@ -36,7 +36,27 @@ from transformers import (
 from tiny import tiny_model
 
 EXAMPLE = Path(__file__).parents[1] / "integrations" / "cli"
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "</s>", "great", "terrible", "It", "was", ".", "good", "bad", "film", "plot", "the", "a", "it", "is"]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "</s>",
+    "great",
+    "terrible",
+    "It",
+    "was",
+    ".",
+    "good",
+    "bad",
+    "film",
+    "plot",
+    "the",
+    "a",
+    "it",
+    "is",
+]
 SENTENCES = ["the film is good", "the plot is bad", "a good plot", "a bad film it is"]
 ROWS = {"sentence": SENTENCES * 4, "mark": [1, 0, 1, 0] * 4}
 AUTO = {

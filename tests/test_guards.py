@@ -10,11 +10,11 @@ import pytest
 import torch
 from datasets import IterableDataset
 from peft import LoraConfig, get_peft_model
-from tiny import arguments, tiny_dataset, tiny_model
-from transformers import DataCollatorWithFlattening, Trainer
-
 from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer, DPZeroTrainerMixin
 from peft_dpzero.guards import check_arguments
+from transformers import DataCollatorWithFlattening, Trainer
+
+from tiny import arguments, tiny_dataset, tiny_model
 
 
 class Unreadable(torch.utils.data.Dataset):  # type: ignore[type-arg]

@@ -8,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hub_server import HubServer
 from huggingface_hub import ModelCard
+
+from hub_server import HubServer
 
 RELEASE = {
     "README.md",

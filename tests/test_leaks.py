@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import arguments, tiny_dataset, tiny_model
+from peft_dpzero import DPZeroConfig, DPZeroTrainer
 from transformers import Trainer
 
-from peft_dpzero import DPZeroConfig, DPZeroTrainer
+from tiny import arguments, tiny_dataset, tiny_model
 
 
 @dataclass
@@ -132,9 +132,7 @@ def test_empty_batches_are_normal_steps(tmp_path: Path) -> None:
     assert len((tmp_path / "dpzero_journal").read_text().splitlines()) == 13
 
 
-def test_a_saved_folder_holds_the_release_and_nothing_else(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_saved_folder_holds_the_release_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = finished(DPZeroTrainer, tmp_path, capsys)
     run.trainer.save_model(str(tmp_path / "release"))
     assert {path.name for path in (tmp_path / "release").iterdir()} == {

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from tiny import arguments, tiny_dataset, tiny_model
-from torch import Tensor
-
 from peft_dpzero import DPZeroConfig, DPZeroTrainer
 from peft_dpzero.directions import Directions
+from torch import Tensor
+
+from tiny import arguments, tiny_dataset, tiny_model
 
 ROWS = 6
 RATE = 0.1

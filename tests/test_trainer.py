@@ -11,9 +11,6 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import arguments, tiny_dataset, tiny_model
-from transformers import Trainer, TrainerCallback
-
 from peft_dpzero import (
     DPZeroConfig,
     DPZeroError,
@@ -23,6 +20,9 @@ from peft_dpzero import (
     PrivateStep,
     PrivateStepError,
 )
+from transformers import Trainer, TrainerCallback
+
+from tiny import arguments, tiny_dataset, tiny_model
 
 
 def adapter() -> Any:
@@ -39,9 +39,7 @@ def config(**changes: Any) -> DPZeroConfig:
 def trainer(folder: Path, model: Any = None, dpzero: DPZeroConfig | None = None, **changes: Any) -> DPZeroTrainer:
     keywords = {key: changes.pop(key) for key in list(changes) if key in KEYWORDS}
     keywords.setdefault("train_dataset", tiny_dataset("classifier"))
-    return DPZeroTrainer(
-        model or adapter(), arguments(folder, **changes), dpzero_config=dpzero or config(), **keywords
-    )
+    return DPZeroTrainer(model or adapter(), arguments(folder, **changes), dpzero_config=dpzero or config(), **keywords)
 
 
 KEYWORDS = {"train_dataset", "eval_dataset", "compute_metrics", "callbacks", "optimizers", "data_collator"}

@@ -51,7 +51,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--reviews", type=Path, required=True, help="vaderSentiment-3.3.2.tar.gz")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--micro-batch", type=int, default=64, help="sentences a process holds at once")
     parser.add_argument("--accumulation", type=int, default=4, help="micro-batches a process and step, on average")
     parser.add_argument("--deterministic", action="store_true", help="seeded and NOT private: to compare runs")
@@ -102,8 +102,8 @@ def main() -> None:
         dpzero_config=DPZeroConfig(
             target_epsilon=2.0,
             target_delta=1e-5,
-            num_directions=64,
-            clipping_threshold=48.0,
+            num_directions=128,
+            clipping_threshold=68.0,
             smoothing_parameter=1e-2,
             deterministic=chosen.deterministic,
         ),

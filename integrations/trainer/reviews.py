@@ -6,6 +6,7 @@ import io
 import tarfile
 from pathlib import Path
 
+import numpy as np
 from datasets import Dataset
 
 _OUTER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -30,11 +31,14 @@ def rated_texts(archive: Path, name: str) -> list[tuple[float, str]]:
 
 
 def movie_reviews(archive: Path, held_out: int = 1000) -> tuple[Dataset, Dataset]:
-    """Movie-review sentences with |rating| ≥ 0.3, labelled by its sign: (training, held-out), split with seed 0."""
+    """Movie-review sentences with |rating| ≥ 0.3, labelled by its sign: (training, held-out).
+
+    The held-out sentences are the first of NumPy's permutation with seed 0.
+    """
     rows = [(rating, text) for rating, text in rated_texts(archive, "movieReviewSnippets") if abs(rating) >= 0.3]
     data = Dataset.from_dict({"text": [text for _, text in rows], "labels": [int(r > 0) for r, _ in rows]})
-    split = data.train_test_split(test_size=held_out, seed=0)
-    return split["train"], split["test"]
+    order = np.random.RandomState(0).permutation(len(data))
+    return data.select(order[held_out:]), data.select(order[:held_out])
 
 
 def public_texts(archive: Path) -> list[str]:

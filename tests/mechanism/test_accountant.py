@@ -7,7 +7,6 @@ import json
 import dp_accounting
 import pytest
 from dp_accounting.pld import PLDAccountant
-
 from peft_dpzero import DPZeroConfig, DPZeroError, make_plan, privacy_record
 from peft_dpzero.mechanism.accountant import calibrate_noise_multiplier, epsilon
 

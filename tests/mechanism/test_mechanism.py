@@ -10,12 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
-
 from peft_dpzero import DPZeroConfig, PoissonSampler, new_secret
 from peft_dpzero.mechanism.clipping import SENSITIVITY, clip, clip_to_grid
 from peft_dpzero.mechanism.noise import DiscreteGaussian
 from peft_dpzero.mechanism.private_sum import PrivateDifferences, PrivateSum
+from scipy import stats
 
 # False alarms below one in a million.
 ALARM = 1e-6
