@@ -20,8 +20,8 @@ IGNORE = -100
 Batch = Mapping[str, Any]
 LossFunction = Callable[[Any, Tensor], Tensor]
 
-# Rows of logits that are widened to float32 at a time, in entries.
-_CHUNK_ENTRIES = 1 << 22
+# Logits that are gathered and widened at a time: larger pieces than a layer's activations would raise peak memory.
+_CHUNK_ENTRIES = 1 << 20
 
 
 def widened(tensor: Tensor) -> Tensor:

@@ -1,0 +1,182 @@
+"""Each task's per-example losses against float64 references, one example at a time."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft_dpzero import (
+    ClassificationTask,
+    DPZeroError,
+    FunctionTask,
+    Seq2SeqTask,
+    TokenTask,
+    Verbalizer,
+    infer_task,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from tiny import tiny_model, token_rows
+
+WORDS = ["[PAD]", "[UNK]", "[MASK]", "good", "bad", "very", "a", "film", "it", "was", "dull"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]")
+
+
+def outputs(*shape: int, dtype: torch.dtype = torch.float32) -> Any:
+    return SimpleNamespace(logits=torch.randn(*shape).to(dtype))
+
+
+def log_p(logits: Tensor) -> Tensor:
+    return logits.double().log_softmax(-1)
+
+
+def test_single_label_multi_label_and_regression() -> None:
+    out = outputs(4, 3)
+    labels = torch.tensor([0, 2, 1, 2])
+    wanted = [-log_p(out.logits[i])[labels[i]] for i in range(4)]
+    assert ClassificationTask().losses(out, {"labels": labels}).tolist() == pytest.approx([float(w) for w in wanted])
+
+    many = torch.tensor([[1.0, 0.0, 1.0]] * 4)
+    p = out.logits.double().sigmoid()
+    wanted_many = -(many * p.log() + (1 - many) * (1 - p).log()).mean(1)
+    torch.testing.assert_close(ClassificationTask().losses(out, {"labels": many}).double(), wanted_many.double())
+
+    one = outputs(4, 1)
+    targets = torch.tensor([0.5, -1.0, 2.0, 0.0])
+    wanted_one = (one.logits[:, 0].double() - targets).square()
+    torch.testing.assert_close(ClassificationTask().losses(one, {"labels": targets}).double(), wanted_one)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("virtual", [0, 3])
+def test_token_losses_average_an_examples_own_labels(shift: int, virtual: int) -> None:
+    out = outputs(3, virtual + 6, 11)
+    labels = torch.randint(0, 11, (3, 6))
+    labels[0, :4] = -100
+    labels[2] = -100
+    got = TokenTask(shift).losses(out, {"labels": labels})
+    for i in range(3):
+        terms = [
+            -float(log_p(out.logits[i, virtual + t - shift])[labels[i, t]])
+            for t in range(shift, 6)
+            if labels[i, t] != -100
+        ]
+        assert float(got[i]) == pytest.approx(sum(terms) / max(len(terms), 1), abs=1e-5)
+
+
+def test_half_precision_logits_give_float32_losses() -> None:
+    out = outputs(2, 5, 11, dtype=torch.bfloat16)
+    labels = torch.randint(0, 11, (2, 5))
+    losses = TokenTask(1).losses(out, {"labels": labels})
+    assert losses.dtype == torch.float32
+    exact = [-log_p(out.logits[i, t])[labels[i, t + 1]] for i in range(2) for t in range(4)]
+    torch.testing.assert_close(losses.double(), torch.stack(exact).view(2, 4).mean(1), rtol=1e-5, atol=1e-6)
+
+
+def masked(tokenizer: Any, texts: list[str]) -> Any:
+    return tokenizer(texts, padding=True, return_tensors="pt")
+
+
+@pytest.mark.parametrize("words", [["good", "bad"], ["very good", "dull"]])
+def test_masked_verbalizer_scores_the_words_at_the_mask(words: list[str], tokenizer: Any) -> None:
+    task = Verbalizer(tokenizer, words, causal=False)
+    masks = " ".join(["[MASK]"] * max(len(word.split()) for word in words))
+    batch = masked(tokenizer, [f"a film it was {masks}", f"film {masks}"])
+    batch["labels"] = torch.tensor([1, 0])
+    out = outputs(*batch["input_ids"].shape, len(WORDS))
+    for i, label in enumerate([1, 0]):
+        first = batch["input_ids"][i].tolist().index(2)
+        scores = []
+        for word in words:
+            ids = [WORDS.index(w) for w in word.split()]
+            scores.append(sum(float(log_p(out.logits[i, first + j])[t]) for j, t in enumerate(ids)) / len(ids))
+        wanted = -float(torch.tensor(scores, dtype=torch.float64).log_softmax(0)[label])
+        assert float(task.losses(out, batch)[i]) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_prompt_that_lost_its_mask_has_no_loss(tokenizer: Any) -> None:
+    batch = masked(tokenizer, ["a film it was [MASK]", "a film"])
+    batch["labels"] = torch.tensor([0, 0])
+    losses = Verbalizer(tokenizer, ["good", "bad"], causal=False).losses(outputs(2, 5, len(WORDS)), batch)
+    assert torch.isfinite(losses).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("words", [["good", "bad"], ["very good", "dull"]])
+def test_causal_verbalizer_reads_what_follows_the_prompt(words: list[str], side: str, tokenizer: Any) -> None:
+    model = tiny_model("causal_lm")
+    task = Verbalizer(tokenizer, words, causal=True)
+    texts = ["a film it was", "it was"]
+    batch = tokenizer(texts, padding=True, padding_side=side, return_tensors="pt")
+    batch.pop("token_type_ids", None)
+    batch["labels"] = torch.tensor([1, 0])
+    with torch.no_grad():
+        inputs = task.inputs(batch)
+        if side == "left" and "position_ids" not in inputs:
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        got = task.losses(model(**inputs), batch)
+        for i, (text, label) in enumerate(zip(texts, [1, 0], strict=True)):
+            prompt = [WORDS.index(w) for w in text.split()]
+            scores = []
+            for word in words:
+                ids = [WORDS.index(w) for w in word.split()]
+                p = log_p(model(input_ids=torch.tensor([prompt + ids])).logits[0])
+                scores.append(sum(float(p[len(prompt) - 1 + j, t]) for j, t in enumerate(ids)) / len(ids))
+            wanted = -float(torch.tensor(scores, dtype=torch.float64).log_softmax(0)[label])
+            assert float(got[i]) == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [(["good"], "two classes"), (["good", ""], "no tokens"), (["good", "good"], "same tokens")]
+)
+def test_label_words_must_differ(words: list[str], message: str, tokenizer: Any) -> None:
+    with pytest.raises(DPZeroError, match=message):
+        Verbalizer(tokenizer, words, causal=False)
+
+
+def test_a_users_function_needs_no_gradient() -> None:
+    out = outputs(4, 3)
+    labels = out.logits.argmax(1)
+    labels[0] = (labels[0] + 1) % 3
+    task = FunctionTask(lambda o, y: (o.logits.argmax(1) != y).float())
+    assert task.losses(out, {"labels": labels}).tolist() == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_tasks_follow_the_models_class() -> None:
+    kinds = {
+        "classifier": ClassificationTask,
+        "causal_lm": TokenTask,
+        "masked_lm": TokenTask,
+        "tagger": TokenTask,
+        "seq2seq": Seq2SeqTask,
+    }
+    for kind, task in kinds.items():
+        assert type(infer_task(tiny_model(kind))) is task
+    assert infer_task(tiny_model("causal_lm")).shift == 1
+    assert infer_task(tiny_model("masked_lm")).shift == 0
+    with pytest.raises(DPZeroError, match="Linear"):
+        infer_task(torch.nn.Linear(2, 2))
+
+
+def test_seq2seq_losses_are_teacher_forced() -> None:
+    model = tiny_model("seq2seq")
+    ids = torch.tensor(token_rows(2))
+    labels = torch.tensor(token_rows(2, 4, seed=3))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    task = Seq2SeqTask()
+    with torch.no_grad():
+        got = task.losses(model(**task.inputs(batch)), batch)
+        for i in range(2):
+            shifted = torch.cat([torch.zeros(1, dtype=torch.long), labels[i, :-1]])
+            p = log_p(model(input_ids=ids[i : i + 1], decoder_input_ids=shifted[None]).logits[0])
+            assert float(got[i]) == pytest.approx(-float(p[range(4), labels[i]].mean()), abs=1e-4)

@@ -1,0 +1,106 @@
+"""The optimizer against its formula, and the journal against damage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft_dpzero import DPZeroError, DPZeroOptimizer, Journal, Perturbation, Released
+from torch import nn
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_updates_equal_the_formula(momentum: float) -> None:
+    model = nn.Linear(5, 3)
+    perturbation = Perturbation(model, seed=1)
+    groups = [{"params": [model.weight], "weight_decay": 0.1}, {"params": [model.bias], "lr": 0.5}]
+    optimizer = DPZeroOptimizer(groups, lr=0.2, momentum=momentum)
+    theta = {name: p.detach().double().clone() for name, p in model.named_parameters()}
+    velocity = {name: torch.zeros_like(value) for name, value in theta.items()}
+    for step in range(4):
+        coefficients = (0.3 * step, -1.0)
+        optimizer.load(Released(step, (1, 2), coefficients), perturbation)
+        optimizer.step()
+        for name, (rate, decay) in {"weight": (0.2, 0.1), "bias": (0.5, 0.0)}.items():
+            z = [perturbation.directions.entry(step, k, name).double() for k in range(2)]
+            gradient = coefficients[0] * z[0] + coefficients[1] * z[1] + decay * theta[name]
+            velocity[name] = momentum * velocity[name] + gradient
+            theta[name] = theta[name] - rate * velocity[name]
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach().double(), theta[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_release_is_used_once() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = DPZeroOptimizer(model.parameters(), lr=0.1)
+    optimizer.load(Released(0, (1,), (1.0,)), Perturbation(model))
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="exactly once"):
+        optimizer.step()
+
+
+def test_small_updates_add_up_in_half_precision() -> None:
+    model = nn.Linear(64, 64).bfloat16()
+    nn.init.ones_(model.weight)
+    perturbation = Perturbation(model)
+    optimizer = DPZeroOptimizer(model.parameters(), lr=1e-5)
+    total = torch.zeros(64, 64, dtype=torch.float64)
+    for step in range(300):
+        optimizer.load(Released(0, (1,), (1.0,)), perturbation)
+        optimizer.step()
+        total += 1e-5 * perturbation.directions.entry(0, 0, "weight").double()
+        if step == 150:
+            saved = optimizer.state_dict()
+            optimizer = DPZeroOptimizer(model.parameters(), lr=1e-5)
+            optimizer.load_state_dict(saved)
+            assert optimizer.state[model.weight]["master"].dtype == torch.float32
+    torch.testing.assert_close(optimizer.state[model.weight]["master"].double(), 1 - total, rtol=1e-4, atol=1e-5)
+    assert torch.equal(model.weight, optimizer.state[model.weight]["master"].bfloat16())
+    assert not torch.equal(model.weight, torch.ones_like(model.weight))
+
+
+def written(path: Path) -> Journal:
+    journal = Journal(path, {"seed": 1})
+    for step in range(4):
+        journal.record(step, 0.1, [step, -step])
+    return journal
+
+
+def test_a_journal_is_read_back_and_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    entries = written(path).entries
+    again = Journal(path, {"seed": 1})
+    assert again.entries == entries
+    again.record(4, 0.1, [9])
+    with pytest.raises(RuntimeError, match="Step 4"):
+        again.record(4, 0.1, [9])
+    assert len(Journal(path, {"seed": 1}).entries) == 5
+
+
+@pytest.mark.parametrize("cut", [1, 7, 60])
+def test_a_torn_last_line_is_dropped(cut: int, tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    written(path)
+    path.write_bytes(path.read_bytes()[:-cut])
+    journal = Journal(path, {"seed": 1})
+    assert len(journal.entries) == 3
+    journal.record(3, 0.1, [7])
+    assert len(Journal(path, {"seed": 1}).entries) == 4
+
+
+def test_damage_and_other_runs_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    written(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    for damaged in (
+        [*lines[:2], lines[2].replace(b"0.1", b"0.2"), *lines[3:]],
+        [*lines[:2], *lines[3:]],
+        [lines[0], lines[2], lines[1], *lines[3:]],
+    ):
+        path.write_bytes(b"".join(damaged))
+        with pytest.raises(DPZeroError, match="damaged at line"):
+            Journal(path, {"seed": 1})
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(DPZeroError, match="other settings"):
+        Journal(path, {"seed": 2})
