@@ -117,6 +117,12 @@ def check_collator(collator: Any) -> None:
         )
 
 
+def padding_side(collator: Any) -> str:
+    """Where `collator` pads: its tokenizer's side, or "right"."""
+    tokenizer = getattr(collator, "tokenizer", None)
+    return "left" if getattr(tokenizer, "padding_side", None) == "left" else "right"
+
+
 def check_columns(dataset: Any, label_names: Sequence[str]) -> None:
     """Refuses a data set whose column names show that it has no labels.
 
@@ -148,10 +154,12 @@ class Probe:
     Args:
         model: takes `input_ids` and `attention_mask`, returns `.logits`.
         device: where the inputs go.
+        padding_side: where the data's padding goes, "right" or "left".
     """
 
-    def __init__(self, model: Any, device: torch.device) -> None:
+    def __init__(self, model: Any, device: torch.device, padding_side: str = "right") -> None:
         self.model = model
+        self.padding_side = padding_side
         config = model.config
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
@@ -168,37 +176,47 @@ class Probe:
 
     @torch.no_grad()
     def logits(self, rows: Sequence[Tensor]) -> Tensor:
-        """Logits of a right-padded batch of `rows`: (b, …)."""
-        ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=self.pad)
-        lengths = torch.tensor([len(row) for row in rows], device=ids.device)
-        mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+        """Logits of a padded batch of `rows`: (b, …)."""
+        side = self.padding_side
+        ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=self.pad, padding_side=side)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
         inputs = {"input_ids": ids, "attention_mask": mask}
         if self.encoder_decoder:
-            inputs["decoder_input_ids"] = ids[:, :3]
+            inputs["decoder_input_ids"] = torch.stack([row[:3] for row in rows])
         return torch.as_tensor(self.model(**inputs).logits)
 
     def run(self) -> Tensor:
         """Logits of the whole probe."""
         return self.logits(self.rows)
 
-    def check_independence(self) -> None:
-        """Refuses models in which an example's output depends on its batch-mates.
+    def check_independence(self, perturbation: Perturbation) -> None:
+        """Refuses models in which an example's output depends on its batch-mates, at θ or near it.
 
         Raises:
             DPZeroError: it does.
         """
+        # Parameters that start at zero, as LoRA's B, would hide what they multiply.
+        for scale in (0.0, _PROBE_SCALE):
+            with perturbation.at(0, 0, scale):
+                self._compare_rows()
+
+    def _compare_rows(self) -> None:
         together = self.run()
+        precise = together.dtype in (torch.float32, torch.float64)
+        tolerance = (3e-4 if precise else 0.1) * float(together.abs().max())
         for i, row in enumerate(self.rows):
             alone = self.logits([row])[0]
             beside = together[i]
             if alone.ndim == 2 and not self.encoder_decoder:
-                beside = beside[: alone.shape[0]]
-            tolerance = 1e-3 if alone.dtype in (torch.float32, torch.float64) else 0.1
-            if not torch.allclose(alone.double(), beside.double(), rtol=tolerance, atol=tolerance):
+                right = self.padding_side == "right"
+                beside = beside[: len(alone)] if right else beside[-len(row) :]
+                alone = alone if right else alone[-len(row) :]
+            if not torch.allclose(alone.double(), beside.double(), rtol=0, atol=tolerance):
                 raise DPZeroError(
                     "An example's output depends on its batch-mates (found on made-up tokens), so clipping it bounds "
                     "nothing. Usual causes: batch norm in train mode, a mixture of experts that drops tokens, a "
-                    "model that ignores attention_mask, packing. Use a model or setting without it."
+                    "model that ignores attention_mask, packing, padding on the left under absolute positions (set "
+                    "tokenizer.padding_side='right'). Use a model or setting without it."
                 )
 
     def check_reach(self, perturbation: Perturbation) -> None:

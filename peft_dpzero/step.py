@@ -136,6 +136,7 @@ class PrivateStep:
 
     def _release(self, step: int) -> StepReport:
         self.model.eval()
+        failure: PrivateStepError | None = None
         try:
             differences = estimate_differences(
                 self.losses,
@@ -149,7 +150,10 @@ class PrivateStep:
         except DPZeroError:
             raise
         except Exception as error:
-            raise PrivateStepError.withhold(step, error) from None
+            failure = PrivateStepError.withhold(step, error)
+        if failure is not None:
+            # Raised out here, it does not carry the withheld error as its __context__.
+            raise failure
         released = self.mechanism.release(step, differences)
         return StepReport(released, self._nonprivate_loss(differences.loss_sum))
 

@@ -33,6 +33,7 @@ from peft_dpzero.guards import (
     check_processes,
     check_weights,
     fingerprint,
+    padding_side,
 )
 from peft_dpzero.mechanism.accountant import COARSE_INTERVAL, PrivacyPlan, make_plan
 from peft_dpzero.perturbation import Perturbation
@@ -96,6 +97,8 @@ class DPZeroTrainerMixin(SavingMixin):
                 "(CUDA_VISIBLE_DEVICES)."
             )
         check_collator(self.data_collator)
+        if getattr(self, "optimizer", None) is not None:
+            _as_dpzero_optimizer(self.optimizer)
         self.task = _as_task(per_example_loss, self.model)
         self._plan: PrivacyPlan | None = None
         self._step: PrivateStep | None = None
@@ -166,8 +169,8 @@ class DPZeroTrainerMixin(SavingMixin):
             warnings.warn("The model reads no tokens: that examples are independent was not probed.", stacklevel=3)
             return
         self.model.eval()
-        probe = Probe(self.model, self.args.device)
-        probe.check_independence()
+        probe = Probe(self.model, self.args.device, padding_side(self.data_collator))
+        probe.check_independence(perturbation)
         probe.check_reach(perturbation)
         self._trunk = probe.find_trunk(perturbation)
 
@@ -265,13 +268,7 @@ class DPZeroTrainerMixin(SavingMixin):
                 {"params": [p for n, p in named if n not in decay], "weight_decay": 0.0},
             ]
             self.optimizer = DPZeroOptimizer([g for g in groups if g["params"]], lr=self.args.learning_rate)
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        if not isinstance(optimizer, DPZeroOptimizer):
-            raise DPZeroError(
-                f"{type(optimizer).__name__} needs gradients, and there are none: pass a DPZeroOptimizer, or no "
-                "optimizer."
-            )
-        self._dpzero_optimizer = optimizer
+        self._dpzero_optimizer = _as_dpzero_optimizer(self.optimizer)
         return self.optimizer
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -313,6 +310,16 @@ def _as_task(loss: Task | Callable[[Any, Tensor], Tensor] | None, model: nn.Modu
     if loss is None:
         return infer_task(model)
     return loss if isinstance(loss, Task) else FunctionTask(loss)
+
+
+def _as_dpzero_optimizer(optimizer: Any) -> DPZeroOptimizer:
+    """`optimizer` without Accelerate's wrapper."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(optimizer, DPZeroOptimizer):
+        raise DPZeroError(
+            f"{type(optimizer).__name__} needs gradients, and there are none: pass a DPZeroOptimizer, or no optimizer."
+        )
+    return optimizer
 
 
 def _checkpoint_step(checkpoint: Any) -> int:

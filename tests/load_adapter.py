@@ -26,7 +26,7 @@ def main() -> None:
         inputs = {key: value for key, value in expected.items() if key != "logits"}
         with torch.no_grad():
             logits = model.eval()(**inputs).logits
-        torch.testing.assert_close(logits, expected["logits"], rtol=0, atol=1e-6)
+        torch.testing.assert_close(logits, expected["logits"], rtol=0, atol=1e-6, msg=lambda m, f=folder: f"{f}: {m}")
     assert "peft_dpzero" not in sys.modules
     print(f"{len(sys.argv) - 1} models agree")
 

@@ -9,10 +9,19 @@ from typing import Any
 import pytest
 import torch
 from datasets import IterableDataset
-from peft import LoraConfig, get_peft_model
-from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer, DPZeroTrainerMixin
-from peft_dpzero.guards import check_arguments
-from transformers import DataCollatorWithFlattening, Trainer
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer, DPZeroTrainerMixin, Perturbation
+from peft_dpzero.guards import Probe, check_arguments
+from tokenizers import Tokenizer, models
+from transformers import (
+    DataCollatorWithFlattening,
+    DataCollatorWithPadding,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
 from tiny import arguments, tiny_dataset, tiny_model
 
@@ -43,7 +52,8 @@ def config(**changes: Any) -> DPZeroConfig:
 
 def refused(folder: Path, words: str, model: Any = None, dpzero: DPZeroConfig | None = None, **changes: Any) -> None:
     data = changes.pop("train_dataset", Unreadable())
-    keywords = {key: changes.pop(key) for key in ("data_collator", "compute_loss_func") if key in changes}
+    names = ("data_collator", "compute_loss_func", "processing_class", "optimizers")
+    keywords = {key: changes.pop(key) for key in names if key in changes}
     with pytest.raises(DPZeroError, match=words):
         DPZeroTrainer(
             lora() if model is None else model,
@@ -89,7 +99,8 @@ def test_data_that_cannot_be_sampled_is_refused(tmp_path: Path) -> None:
 
 def test_impossible_budgets_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, "larger than the data", per_device_train_batch_size=65)
-    refused(tmp_path, "1/N", dpzero=config(target_delta=0.5))
+    refused(tmp_path, "1/N", dpzero=config(target_delta=1 / 64))
+    refused(tmp_path, "no steps", max_steps=-1, num_train_epochs=0)
 
 
 def test_losses_and_collators_that_join_examples_are_refused(tmp_path: Path) -> None:
@@ -110,17 +121,100 @@ def test_models_that_cannot_be_tuned_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, "do not reach", model=unused)
 
 
-def test_a_model_that_mixes_examples_is_refused(tmp_path: Path) -> None:
+class BatchStatistics(torch.nn.BatchNorm1d):
+    """Batch norm over tokens that stays in train mode."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features, track_running_stats=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden.flatten(0, -2)).view_as(hidden)
+
+
+class Centred(torch.nn.Module):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden - hidden.mean(0)
+
+
+class CapacityDropping(torch.nn.Module):
+    """Serves the first tokens of the batch only, as a mixture of experts with a capacity does."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        served = torch.arange(hidden.shape[:-1].numel()).view(*hidden.shape[:-1], 1) < 8
+        return hidden * served
+
+
+@pytest.mark.parametrize("mixing", [BatchStatistics(16), Centred(), CapacityDropping()])
+def test_a_model_that_mixes_examples_is_refused(mixing: torch.nn.Module, tmp_path: Path) -> None:
     base = tiny_model("classifier")
-    forward = base.bert.encoder.forward
-
-    def mixing(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        output = forward(hidden, *args, **kwargs)
-        output.last_hidden_state = output.last_hidden_state - output.last_hidden_state.mean(0)
-        return output
-
-    base.bert.encoder.forward = mixing
+    base.bert.encoder.layer[0].output.dropout = mixing
     refused(tmp_path, "batch-mates", model=lora(base))
+
+
+def gpt2() -> Any:
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=60, pad_token_id=0, bos_token_id=1, eos_token_id=1, **sizes)).eval()
+
+
+def padding_tokenizer(side: str) -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", padding_side=side)
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_left_padding_under_absolute_positions_is_refused(explicit: bool, tmp_path: Path) -> None:
+    tokenizer = padding_tokenizer("left")
+    pads = {"data_collator": DataCollatorWithPadding(tokenizer)} if explicit else {"processing_class": tokenizer}
+    refused(tmp_path, "padding_side='right'", model=gpt2(), **pads)
+
+
+@pytest.mark.parametrize(
+    ("kind", "side"), [("gpt2", "right"), ("causal_lm", "left"), ("seq2seq", "left"), ("seq2seq", "right")]
+)
+def test_padding_that_moves_no_example_is_accepted(kind: str, side: str) -> None:
+    model = gpt2() if kind == "gpt2" else tiny_model(kind)
+    Probe(model, torch.device("cpu"), side).check_independence(Perturbation(model))
+
+
+def test_prompt_tuning_is_probed_with_its_virtual_tokens() -> None:
+    model = get_peft_model(
+        tiny_model("causal_lm"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    ).eval()
+    Probe(model, torch.device("cpu"), "right").check_independence(Perturbation(model))
+    with pytest.raises(DPZeroError, match="batch-mates"):
+        Probe(model, torch.device("cpu"), "left").check_independence(Perturbation(model))
+
+
+def test_mixing_behind_a_head_of_zeros_is_found() -> None:
+    base = tiny_model("classifier")
+    base.bert.encoder.layer[0].output.dropout = Centred()
+    torch.nn.init.zeros_(base.classifier.weight)
+    with pytest.raises(DPZeroError, match="batch-mates"):
+        Probe(base, torch.device("cpu")).check_independence(Perturbation(base))
+
+
+def test_an_adapter_that_is_off_is_refused(tmp_path: Path) -> None:
+    config_without_head = LoraConfig(r=2, target_modules=["query", "value"])
+    model = get_peft_model(tiny_model("classifier"), config_without_head)
+    model.base_model.disable_adapter_layers()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    refused(tmp_path, "do not reach", model=model)
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    refused(tmp_path, "nn.DataParallel")
+
+
+def test_optimizers_that_need_gradients_are_refused(tmp_path: Path) -> None:
+    model = lora()
+    refused(tmp_path, "AdamW", model=model, optimizers=(torch.optim.AdamW(model.parameters()), None))
+
+
+def test_a_budget_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="target_epsilon"):
+        DPZeroConfig(target_epsilon=0.0, target_delta=1e-5)
 
 
 def test_custom_samplers_are_refused(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ def run(script: str, folder: Path, endpoint: str) -> None:
 def test_a_pushed_adapter_is_the_release_alone_and_loads_back(tmp_path: Path) -> None:
     with HubServer() as hub:
         run("hub_push.py", tmp_path, hub.endpoint)
+        commits = [path for method, path in hub.requests if method == "POST" and "/commit/" in path]
+        assert len(commits) >= 2, "the checkpoints and the end are each pushed"
         files = hub.files("user/private-adapter")
         assert set(files) - {".gitattributes"} == RELEASE
         assert not any(b"hf_secret" in content for content in files.values())

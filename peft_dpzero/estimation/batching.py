@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -18,7 +21,9 @@ class LogicalBatches:
     """The run's private batches, drawn by step number.
 
     Every process draws the same logical batch and keeps each `world_size`-th unit of it. Units are independent, so
-    rows are sorted by length before they are cut into micro-batches, which spares padding.
+    rows are sorted by length before they are cut into micro-batches, which spares padding. Transforms and collators
+    that draw at random (masking) do so from the run's secret: under a seed that is known, one example's presence
+    would change every other's masks.
 
     Args:
         dataset: map-style training data.
@@ -51,13 +56,32 @@ class LogicalBatches:
     def draw(self, step: int) -> list[dict[str, Any]]:
         """This process's micro-batches of `step`: a list, empty if no unit of its share was drawn."""
         indices = self._sampler.draw(step)[self.rank :: self.world_size].tolist()
-        rows = sorted(self._rows(indices), key=_length) if indices else []
-        return [self._collate(rows[i : i + self.micro_batch_size]) for i in range(0, len(rows), self.micro_batch_size)]
+        if not indices:
+            return []
+        with _generators_seeded(self._sampler.generator_seed(step, self.rank)):
+            rows = sorted(self._rows(indices), key=_length)
+            cuts = range(0, len(rows), self.micro_batch_size)
+            return [self._collate(rows[i : i + self.micro_batch_size]) for i in cuts]
 
     def _rows(self, indices: Sequence[int]) -> list[Any]:
         if hasattr(self._dataset, "__getitems__"):
             return list(self._dataset.__getitems__(list(indices)))
         return [self._dataset[i] for i in indices]
+
+
+@contextmanager
+def _generators_seeded(seed: bytes) -> Iterator[None]:
+    """Within the block, the global CPU generators of Python, NumPy and torch run from `seed`; afterwards, as before."""
+    python, numpy_ = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            random.seed(seed)
+            np.random.seed(np.frombuffer(seed, dtype="<u4"))
+            torch.default_generator.manual_seed(int.from_bytes(seed[:8], "little"))
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_)
 
 
 def _length(row: Any) -> int:

@@ -49,6 +49,11 @@ class PoissonSampler:
         stream = hashlib.shake_256(self._secret + step.to_bytes(8, "little")).digest(8 * self.num_units)
         return np.flatnonzero(np.frombuffer(stream, dtype="<u8") < np.uint64(threshold))
 
+    def generator_seed(self, step: int, rank: int) -> bytes:
+        """Seed of what else is random in a process's share of a batch, such as masks: 32 bytes, secret as the key."""
+        label = b"generators" + step.to_bytes(8, "little") + rank.to_bytes(8, "little")
+        return hashlib.shake_256(self._secret + label).digest(SECRET_BYTES)
+
     def share_key(self, broadcast: Callable[[Tensor], Tensor]) -> None:
         """Takes the first process's key."""
         self._secret = bytes(broadcast(torch.tensor(list(self._secret), dtype=torch.uint8)).tolist())

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from peft_dpzero import (
     ClassificationTask,
+    DPZeroConfig,
     DPZeroError,
     FunctionTask,
+    Losses,
+    Perturbation,
     Seq2SeqTask,
+    Task,
     TokenTask,
     Verbalizer,
     infer_task,
 )
+from peft_dpzero.estimation.differences import estimate_differences
+from peft_dpzero.mechanism.private_sum import PrivateSum
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -56,6 +64,11 @@ def test_single_label_multi_label_and_regression() -> None:
     wanted_one = (one.logits[:, 0].double() - targets).square()
     torch.testing.assert_close(ClassificationTask().losses(one, {"labels": targets}).double(), wanted_one)
 
+    pair = outputs(4, 2)
+    goals = torch.randn(4, 2)
+    wanted_pair = [float((pair.logits[i].double() - goals[i].double()).square().mean()) for i in range(4)]
+    assert ClassificationTask("regression").losses(pair, {"labels": goals}).tolist() == pytest.approx(wanted_pair)
+
 
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("virtual", [0, 3])
@@ -74,24 +87,52 @@ def test_token_losses_average_an_examples_own_labels(shift: int, virtual: int) -
         assert float(got[i]) == pytest.approx(sum(terms) / max(len(terms), 1), abs=1e-5)
 
 
-def test_half_precision_logits_give_float32_losses() -> None:
-    out = outputs(2, 5, 11, dtype=torch.bfloat16)
-    labels = torch.randint(0, 11, (2, 5))
-    losses = TokenTask(1).losses(out, {"labels": labels})
+def single_words(tokenizer: Any) -> Task:
+    return Verbalizer(tokenizer, ["good", "bad"], causal=True)
+
+
+HALF: dict[str, tuple[Callable[[Any], Task], tuple[int, ...], dict[str, Tensor]]] = {
+    "single label": (lambda _: ClassificationTask(), (2, 3), {"labels": torch.tensor([0, 2])}),
+    "multi label": (lambda _: ClassificationTask(), (2, 3), {"labels": torch.tensor([[1.0, 0, 1], [0, 0, 1]])}),
+    "regression": (lambda _: ClassificationTask(), (2, 1), {"labels": torch.tensor([0.5, -1])}),
+    "masked LM": (lambda _: TokenTask(), (2, 5, 11), {"labels": torch.tensor([[1, 2, 3, 4, 5]] * 2)}),
+    "causal LM": (lambda _: TokenTask(1), (2, 5, 11), {"labels": torch.tensor([[1, 2, 3, 4, 5]] * 2)}),
+    "verbalizer": (
+        single_words,
+        (2, 5, 11),
+        {"labels": torch.tensor([0, 1]), "input_ids": torch.tensor([[5, 6, 7, 8, 9]] * 2)},
+    ),
+    "function": (
+        lambda _: FunctionTask(lambda o, y: o.logits.logsumexp(-1) - o.logits[range(2), y]),
+        (2, 3),
+        {"labels": torch.tensor([0, 2])},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_half_precision_logits_give_float32_losses(name: str, tokenizer: Any) -> None:
+    make, shape, batch = HALF[name]
+    task = make(tokenizer)
+    half = outputs(*shape, dtype=torch.bfloat16)
+    losses = task.losses(half, batch)
     assert losses.dtype == torch.float32
-    exact = [-log_p(out.logits[i, t])[labels[i, t + 1]] for i in range(2) for t in range(4)]
-    torch.testing.assert_close(losses.double(), torch.stack(exact).view(2, 4).mean(1), rtol=1e-5, atol=1e-6)
+    if name != "function":
+        exact = task.losses(SimpleNamespace(logits=half.logits.double()), batch)
+        assert exact.dtype == torch.float64
+        torch.testing.assert_close(losses.double(), exact, rtol=1e-5, atol=1e-6)
 
 
-def masked(tokenizer: Any, texts: list[str]) -> Any:
-    return tokenizer(texts, padding=True, return_tensors="pt")
+def masked(tokenizer: Any, texts: list[str], side: str = "right") -> Any:
+    return tokenizer(texts, padding=True, padding_side=side, return_tensors="pt")
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("words", [["good", "bad"], ["very good", "dull"]])
-def test_masked_verbalizer_scores_the_words_at_the_mask(words: list[str], tokenizer: Any) -> None:
+def test_masked_verbalizer_scores_the_words_at_the_mask(words: list[str], side: str, tokenizer: Any) -> None:
     task = Verbalizer(tokenizer, words, causal=False)
     masks = " ".join(["[MASK]"] * max(len(word.split()) for word in words))
-    batch = masked(tokenizer, [f"a film it was {masks}", f"film {masks}"])
+    batch = masked(tokenizer, [f"a film it was {masks}", f"film {masks}"], side)
     batch["labels"] = torch.tensor([1, 0])
     out = outputs(*batch["input_ids"].shape, len(WORDS))
     for i, label in enumerate([1, 0]):
@@ -109,6 +150,39 @@ def test_a_prompt_that_lost_its_mask_has_no_loss(tokenizer: Any) -> None:
     batch["labels"] = torch.tensor([0, 0])
     losses = Verbalizer(tokenizer, ["good", "bad"], causal=False).losses(outputs(2, 5, len(WORDS)), batch)
     assert torch.isfinite(losses).tolist() == [True, False]
+
+
+def test_an_example_without_loss_contributes_zero(tokenizer: Any) -> None:
+    model = tiny_model("masked_lm")
+    losses = Losses(model, Verbalizer(tokenizer, ["good", "bad"], causal=False), lambda batch: batch)
+    perturbation = Perturbation(model)
+    config = DPZeroConfig(noise_multiplier=0.0, target_delta=1e-5, num_directions=2)
+
+    def values(texts: list[str]) -> tuple[float, ...]:
+        batch = masked(tokenizer, texts)
+        batch["labels"] = torch.zeros(len(texts), dtype=torch.long)
+        differences = estimate_differences(
+            losses,
+            [batch],
+            perturbation,
+            step=0,
+            num_directions=2,
+            smoothing_parameter=1e-2,
+            difference="central",
+        )
+        return PrivateSum(config, 1).release(0, differences).values
+
+    assert values(["a film"]) == (0, 0)
+    assert values(["it was [MASK]", "a bad film"]) == values(["it was [MASK]"]) != (0, 0)
+
+
+@pytest.mark.parametrize("dimensions", [0, 2])
+def test_a_loss_that_is_not_one_number_an_example_is_refused(dimensions: int) -> None:
+    model = tiny_model("classifier")
+    ids = torch.tensor(token_rows(3))
+    shaped = FunctionTask(lambda o, y: o.logits.mean() if dimensions == 0 else o.logits)
+    with pytest.raises(DPZeroError, match=f"has {dimensions} dimensions"):
+        Losses(model, shaped, lambda batch: batch)({"input_ids": ids, "labels": torch.zeros(3)})
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -164,8 +238,19 @@ def test_tasks_follow_the_models_class() -> None:
         assert type(infer_task(tiny_model(kind))) is task
     assert infer_task(tiny_model("causal_lm")).shift == 1
     assert infer_task(tiny_model("masked_lm")).shift == 0
+    tuned = get_peft_model(tiny_model("causal_lm"), LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
+    assert infer_task(tuned).shift == 1
     with pytest.raises(DPZeroError, match="Linear"):
         infer_task(torch.nn.Linear(2, 2))
+
+
+def test_a_models_problem_type_decides_how_labels_are_read() -> None:
+    model = tiny_model("classifier")
+    model.config.problem_type = "multi_label_classification"
+    out, labels = outputs(2, 2), torch.tensor([[1, 0], [1, 1]])
+    p = out.logits.double().sigmoid()
+    wanted = -(labels * p.log() + (1 - labels) * (1 - p).log()).mean(1)
+    torch.testing.assert_close(infer_task(model).losses(out, {"labels": labels}).double(), wanted)
 
 
 def test_seq2seq_losses_are_teacher_forced() -> None:
