@@ -19,7 +19,7 @@ docs: $(VENV)/.ready
 	$(RUN)/mkdocs build --strict --quiet
 
 unit: $(VENV)/.ready
-	$(RUN)/pytest -n 2
+	$(RUN)/pytest -n 2 --dist loadfile
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -20,6 +20,9 @@ from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.mechanism.accountant import make_plan
 
+# What a shell reports of a process that Ctrl-C ended.
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="peft-dpzero",
     help="Differentially private fine-tuning of Hugging Face models with forward passes only.",
@@ -103,12 +106,9 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Runs one command. Returns the exit status; every failure prints one line."""
     try:
-        return int(app(arguments or ["--help"], prog_name="peft-dpzero", standalone_mode=False) or 0)
+        status = int(app(arguments or ["--help"], prog_name="peft-dpzero", standalone_mode=False) or 0)
     except (KeyboardInterrupt, typer.Abort):
-        hint = (
-            "; from a checkpoint, train --resume goes on and releases no step twice" if "train" in arguments[:1] else ""
-        )
-        return _fail(f"interrupted{hint}", 130)
+        status = INTERRUPTED
     except Exception as error:
         # Usage errors of the option parser, whose class depends on typer's version.
         if hasattr(error, "format_message"):
@@ -116,6 +116,10 @@ def run(arguments: list[str]) -> int:
         if isinstance(error, ValueError):
             return _fail(str(error), 2)
         return _fail(str(error) if isinstance(error, RuntimeError) else f"{type(error).__name__}: {error}", 1)
+    if status == INTERRUPTED:
+        hint = "; from a checkpoint, train --resume goes on and releases no step twice" if "train" in arguments else ""
+        return _fail(f"interrupted{hint}", INTERRUPTED)
+    return status
 
 
 def _fail(message: str, status: int) -> int:

@@ -14,6 +14,7 @@ from peft_dpzero.cli_settings import FILE_FORMATS, MASK, DataSettings
 from peft_dpzero.errors import DPZeroError
 
 DEFAULT_MAX_LENGTH = 512
+_INDICES = "__class_indices__"
 
 
 def load_table(data: DataSettings, part: str) -> Dataset:
@@ -104,7 +105,9 @@ def with_class_indices(table: Dataset, column: str, names: Sequence[str]) -> Dat
             f"The label column {column!r} holds a value that is none of the classes {', '.join(names)}: name them all "
             "in data.label_words or data.labels, and fill empty cells."
         )
-    return table.remove_columns(column).add_column("labels", labels)
+    others = [name for name in table.column_names if name != column]
+    indexed = table.add_column(_INDICES, labels)  # before the old column goes: a table without columns has no rows
+    return indexed.select_columns([*others, _INDICES]).rename_column(_INDICES, "labels")
 
 
 def _check_label_type(feature: Any, column: str) -> None:

@@ -446,7 +446,7 @@ DATA_ERRORS: list[tuple[Callable[[Recipe], Any], str]] = [
     (lambda r: r["training"].update(max_steps=-1, num_train_epochs=0), "The run has no steps"),
     (lambda r: r["training"].update(eval_strategy="steps", eval_steps=1), "training: You have set"),
     (lambda r: r["adapter"].update(r=-1), "adapter: `r` should be a positive integer"),
-    (lambda r: r["adapter"].update(target_modules=["nowhere"]), "adapter: Target modules"),
+    (lambda r: r["adapter"].update(target_modules=["nowhere"]), "adapter: No modules were targeted"),
     (lambda r: r.update(model="no_such_model"), "model 'no_such_model' cannot be loaded"),
 ]
 

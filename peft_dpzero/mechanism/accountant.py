@@ -58,6 +58,7 @@ def epsilon(
     return float(accountant.get_epsilon(delta))
 
 
+@lru_cache(maxsize=64)
 def calibrate_noise_multiplier(
     target_epsilon: float,
     target_delta: float,
