@@ -18,8 +18,9 @@ from peft_dpzero import DPZeroConfig, DPZeroTrainer
 from reviews import movie_reviews, public_texts
 from rich.console import Console
 from rich.table import Table
-from sentence_classifier import start_from_public
-from transformers import DataCollatorWithPadding, TrainingArguments
+from sentence_classifier import embed, start_from_public
+from transformers import TrainingArguments
+from transformers.utils import logging
 
 POSITIVE = [
     "a great, moving film",
@@ -51,22 +52,21 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--reviews", type=Path, required=True, help="vaderSentiment-3.3.2.tar.gz")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--steps", type=int, default=160)
-    parser.add_argument("--micro-batch", type=int, default=64, help="sentences a process holds at once")
-    parser.add_argument("--accumulation", type=int, default=4, help="micro-batches a process and step, on average")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--micro-batch", type=int, default=1024, help="sentences a process holds a step, on average")
     parser.add_argument("--deterministic", action="store_true", help="seeded and NOT private: to compare runs")
     return parser.parse_args()
 
 
 def main() -> None:
     chosen = options()
+    logging.set_verbosity_error()
     arguments = TrainingArguments(
         str(chosen.output),
         max_steps=chosen.steps,
         per_device_train_batch_size=chosen.micro_batch,
-        gradient_accumulation_steps=chosen.accumulation,
-        per_device_eval_batch_size=64,
-        learning_rate=0.1,
+        per_device_eval_batch_size=1000,
+        learning_rate=0.3,
         logging_steps=20,
         save_strategy="no",
         report_to=[],
@@ -82,28 +82,29 @@ def main() -> None:
     if arguments.process_index == 0:
         base.save_pretrained(base_folder)
         tokenizer.save_pretrained(base_folder)
+    base.name_or_path = str(base_folder)
     model = get_peft_model(
         base,
-        LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=["proj"], modules_to_save=["classifier"]),
+        LoraConfig(task_type="SEQ_CLS", r=1, lora_alpha=2, target_modules=["proj"], modules_to_save=["classifier"]),
     )
 
-    def tokenized(data: Dataset) -> Dataset:
-        rows = data.map(lambda row: tokenizer(row["text"], truncation=True, max_length=64), remove_columns=["text"])
-        return rows.select(np.argsort([len(ids) for ids in rows["input_ids"]], kind="stable"))
+    def embedded(data: Dataset) -> Dataset:
+        features = embed(base, tokenizer, data["text"][:])
+        return Dataset.from_dict({"features": features.numpy(), "labels": data["labels"][:]}).with_format("torch")
 
-    train, held_out = movie_reviews(chosen.reviews)
+    print("Reading every sentence once: nothing below the adapter is tuned …")
+    train, held_out = map(embedded, movie_reviews(chosen.reviews))
     trainer = DPZeroTrainer(
         model=model,
         args=arguments,
-        train_dataset=tokenized(train),
-        eval_dataset=tokenized(held_out),
-        data_collator=DataCollatorWithPadding(tokenizer),
+        train_dataset=train,
+        eval_dataset=held_out,
         compute_metrics=accuracy,
         dpzero_config=DPZeroConfig(
             target_epsilon=2.0,
             target_delta=1e-5,
-            num_directions=128,
-            clipping_threshold=68.0,
+            num_directions=256,
+            clipping_threshold=96.0,
             smoothing_parameter=1e-2,
             deterministic=chosen.deterministic,
         ),

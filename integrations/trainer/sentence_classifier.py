@@ -42,7 +42,11 @@ class Pooling(nn.Module):
 
 
 class SentenceForSequenceClassification(PreTrainedModel):
-    """encoder → pooling → proj → classifier."""
+    """encoder → pooling → proj → classifier.
+
+    `forward` takes tokens, or the `features` that `encode` made of them: nothing below `proj` is tuned, so they can be
+    computed once.
+    """
 
     config_class = SentenceConfig
 
@@ -56,13 +60,22 @@ class SentenceForSequenceClassification(PreTrainedModel):
         self.post_init()
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        features: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
     ) -> SequenceClassifierOutput:
-        logits = self.classifier(self.proj(self.features(input_ids, attention_mask)))
+        if features is None:
+            features = self.encode(input_ids, attention_mask)
+        logits = self.classifier(self.proj(features))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
-    def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def encode(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+        """Features of tokenised sentences: (b, layers × hidden)."""
+        assert attention_mask is not None
         encoded = self.encoder(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
         return self.pooling(encoded.hidden_states, attention_mask)
 
@@ -75,7 +88,7 @@ def embed(model: SentenceForSequenceClassification, tokenizer: Any, texts: Seque
     for start in range(0, len(order), 64):
         chunk = order[start : start + 64]
         batch = tokenizer([texts[i] for i in chunk], truncation=True, max_length=64, padding=True, return_tensors="pt")
-        features[chunk] = model.features(batch["input_ids"], batch["attention_mask"])
+        features[chunk] = model.encode(batch["input_ids"], batch["attention_mask"])
     return features
 
 
@@ -91,7 +104,9 @@ def start_from_public(
     Returns: the model, and the encoder's tokenizer.
     """
     tokenizer = AutoTokenizer.from_pretrained(encoder_path)
-    config = SentenceConfig.from_pretrained(encoder_path, num_labels=2)
+    published = BertConfig.from_pretrained(encoder_path).to_dict()
+    del published["model_type"]
+    config = SentenceConfig(**published, num_labels=2)
     model = SentenceForSequenceClassification(config).eval()
     model.encoder = BertModel.from_pretrained(encoder_path, add_pooling_layer=False).eval()
 
