@@ -52,7 +52,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--reviews", type=Path, required=True, help="vaderSentiment-3.3.2.tar.gz")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--micro-batch", type=int, default=1024, help="sentences a process holds a step, on average")
     parser.add_argument("--deterministic", action="store_true", help="seeded and NOT private: to compare runs")
     return parser.parse_args()
@@ -66,8 +66,8 @@ def main() -> None:
         max_steps=chosen.steps,
         per_device_train_batch_size=chosen.micro_batch,
         per_device_eval_batch_size=1000,
-        learning_rate=0.3,
-        logging_steps=20,
+        learning_rate=0.5,
+        logging_steps=10,
         save_strategy="no",
         report_to=[],
         use_cpu=True,
@@ -103,8 +103,8 @@ def main() -> None:
         dpzero_config=DPZeroConfig(
             target_epsilon=2.0,
             target_delta=1e-5,
-            num_directions=256,
-            clipping_threshold=96.0,
+            num_directions=512,
+            clipping_threshold=90.0,
             smoothing_parameter=1e-2,
             deterministic=chosen.deterministic,
         ),
