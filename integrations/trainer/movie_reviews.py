@@ -71,6 +71,7 @@ def main() -> None:
         save_strategy="no",
         report_to=[],
         use_cpu=True,
+        disable_tqdm=False,
     )
     if arguments.process_index == 0:
         shutil.rmtree(chosen.output, ignore_errors=True)
