@@ -19,7 +19,7 @@ from reviews import movie_reviews, public_texts
 from rich.console import Console
 from rich.table import Table
 from sentence_classifier import embed, start_from_public
-from transformers import TrainingArguments
+from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
 
 POSITIVE = [
@@ -73,6 +73,7 @@ def main() -> None:
         use_cpu=True,
         disable_tqdm=False,
     )
+    set_seed(arguments.seed)  # of the adapter's start, which is public
     if arguments.process_index == 0:
         shutil.rmtree(chosen.output, ignore_errors=True)
 
