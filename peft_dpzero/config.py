@@ -15,7 +15,9 @@ CONFIG_NAME = "dpzero_config.json"
 DIFFERENCES = ("central", "forward")
 DISTRIBUTIONS = ("gaussian", "rademacher", "sphere")
 NEIGHBORING = ("add_or_remove_one", "replace_one")
-TRAIN_LOSSES = ("withheld", "nonprivate")
+MECHANISMS = ("gaussian", "laplace")
+CLIPPINGS = ("fixed", "adaptive", "automatic")
+TRAIN_LOSSES = ("withheld", "private", "nonprivate")
 
 
 def _help(text: str) -> dict[str, str]:
@@ -36,17 +38,39 @@ class DPZeroConfig:
         default=None, metadata=_help("ε to spend over the whole run; σ is calibrated to it.")
     )
     target_delta: float | None = field(
-        default=None, metadata=_help("δ of the guarantee; must stay below 1 / number of training examples.")
+        default=None, metadata=_help("δ of the guarantee, below 1 / number of privacy units; 0 with 'laplace'.")
     )
     noise_multiplier: float | None = field(
-        default=None, metadata=_help("σ, noise standard deviation over clipping threshold; instead of ε.")
+        default=None,
+        metadata=_help("σ: the noise's standard deviation (Laplace: scale) over clipping threshold; instead of ε."),
     )
     neighboring: str = field(
         default="add_or_remove_one",
         metadata=_help("Which data sets are neighbours: 'add_or_remove_one' or 'replace_one'."),
     )
+    mechanism: str = field(
+        default="gaussian",
+        metadata=_help("'gaussian', or 'laplace' for pure ε: one direction, target_delta=0."),
+    )
+    privacy_unit: str | None = field(
+        default=None,
+        metadata=_help("Column that names whom an example belongs to, such as 'user_id'; None protects one example."),
+    )
+    max_examples_per_unit: int = field(
+        default=16, metadata=_help("Examples of one unit that a step averages; of more, it takes some at random.")
+    )
+    clipping: str = field(
+        default="fixed",
+        metadata=_help(
+            "'fixed' at clipping_threshold; 'adaptive' follows a quantile of the norms from there; 'automatic' "
+            "normalises every unit's vector to it."
+        ),
+    )
     clipping_threshold: float = field(
-        default=10.0, metadata=_help("C: the L2 bound on one example's vector of K loss differences.")
+        default=10.0, metadata=_help("C: the L2 bound on one unit's vector of K loss differences.")
+    )
+    clipping_quantile: float = field(
+        default=0.5, metadata=_help("Share of units that adaptive clipping leaves unclipped.")
     )
 
     # Parameters that control the estimate.
@@ -66,7 +90,13 @@ class DPZeroConfig:
     # Parameters that control what else leaves training.
     train_loss: str = field(
         default="withheld",
-        metadata=_help("'withheld', or 'nonprivate': logs the raw loss, which the guarantee does not cover."),
+        metadata=_help(
+            "'withheld'; 'private' spends a share of the budget on a noisy mean loss every logging_steps; 'nonprivate' "
+            "logs the raw loss, which the guarantee does not cover."
+        ),
+    )
+    loss_clipping_threshold: float = field(
+        default=2.0, metadata=_help("Upper bound on one unit's loss in the private mean; losses below 0 count as 0.")
     )
     deterministic: bool = field(
         default=False,
@@ -75,16 +105,31 @@ class DPZeroConfig:
 
     def __post_init__(self) -> None:
         self._check_budget()
+        self._check_choice("mechanism", MECHANISMS)
+        self._check_choice("clipping", CLIPPINGS)
         self._check_choice("neighboring", NEIGHBORING)
         self._check_choice("difference", DIFFERENCES)
         self._check_choice("direction_distribution", DISTRIBUTIONS)
         self._check_choice("train_loss", TRAIN_LOSSES)
         self._check_positive("clipping_threshold")
         self._check_positive("smoothing_parameter", finite=True)
+        self._check_positive("loss_clipping_threshold", finite=True)
         self._check_integer("num_directions", low=1, high=4096)
+        self._check_integer("max_examples_per_unit", low=1, high=2**31)
         self._check_integer("direction_seed", low=0, high=2**63 - 1)
         if not isinstance(self.deterministic, bool):
             raise ValueError(f"deterministic must be true or false, got {self.deterministic!r}.")
+        if not (_is_number(self.clipping_quantile) and 0 < self.clipping_quantile < 1):
+            raise ValueError(
+                f"clipping_quantile must lie strictly between 0 and 1, got {self.clipping_quantile!r}: 0.5 leaves half "
+                "of the units unclipped."
+            )
+        if self.privacy_unit is not None and not (isinstance(self.privacy_unit, str) and self.privacy_unit):
+            raise ValueError(f"privacy_unit must be a column's name or None, got {self.privacy_unit!r}.")
+        if self.mechanism == "laplace":
+            self._check_laplace()
+        if math.isinf(self.clipping_threshold) and (self.clipping != "fixed" or self.train_loss == "private"):
+            raise ValueError("clipping_threshold=inf clips nothing: it needs clipping='fixed' and no private loss.")
         if math.isinf(self.clipping_threshold) and self.noise_multiplier != 0:
             raise ValueError(
                 "clipping_threshold=inf bounds nobody's influence, so no noise can protect it: "
@@ -140,8 +185,19 @@ class DPZeroConfig:
             raise ValueError(f"noise_multiplier must be a number >= 0, got {self.noise_multiplier!r}.")
         if self.target_delta is None:
             raise ValueError("target_delta is missing: set it well below 1 / number of training examples.")
-        if not (_is_number(self.target_delta) and 0 < self.target_delta < 1):
+        if self.mechanism != "laplace" and not (_is_number(self.target_delta) and 0 < self.target_delta < 1):
             raise ValueError(f"target_delta must lie strictly between 0 and 1, got {self.target_delta!r}.")
+
+    def _check_laplace(self) -> None:
+        """Discrete Laplace noise is calibrated to the L1 norm, which equals the L2 norm of one number only."""
+        if self.target_delta != 0:
+            raise ValueError(f"target_delta must be 0 with mechanism='laplace' (pure ε), got {self.target_delta!r}.")
+        if self.num_directions != 1:
+            raise ValueError(f"num_directions must be 1 with mechanism='laplace', got {self.num_directions!r}.")
+        if self.clipping == "adaptive":
+            raise ValueError("clipping='adaptive' releases a second number: with mechanism='laplace' use 'fixed'.")
+        if self.train_loss == "private":
+            raise ValueError("train_loss='private' releases a second number: with mechanism='laplace' withhold it.")
 
     def _check_positive(self, name: str, finite: bool = False) -> None:
         value = getattr(self, name)

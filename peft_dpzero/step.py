@@ -110,7 +110,8 @@ class PrivateStep:
         self.journal = journal
         self.replayed = tuple(replayed)
         self.processes = AcceleratedProcesses(accelerator) if accelerator is not None else None
-        self.mechanism = PrivateSum(plan.config, plan.expected_batch_size, self.processes)
+        self.mechanism = PrivateSum(plan.config, plan.expected_batch_size, self.processes, plan.loss_interval)
+        self._followed = 0
         check_processes(self.processes.count if self.processes else 1, batches.world_size)
         if self.processes:
             share_parameters(perturbation, self.processes)
@@ -125,6 +126,10 @@ class PrivateStep:
         """
         if step >= self.plan.steps:
             raise RuntimeError(f"Step {step} would pass the planned {self.plan.steps} steps and their ε.")
+        while self._followed < min(step, len(self.replayed)):
+            self.mechanism.interpret(self._followed, self.replayed[self._followed].values)
+            self._followed += 1
+        self._followed += 1
         if step < len(self.replayed):
             report = StepReport(self.mechanism.interpret(step, self.replayed[step].values))
         else:
@@ -155,11 +160,4 @@ class PrivateStep:
             # Raised out here, it does not carry the withheld error as its __context__.
             raise failure
         released = self.mechanism.release(step, differences)
-        return StepReport(released, self._nonprivate_loss(differences.loss_sum))
-
-    def _nonprivate_loss(self, loss_sum: float) -> float | None:
-        if self.config.train_loss != "nonprivate":
-            return None
-        total = torch.tensor([loss_sum], dtype=torch.float64)
-        total = self.processes.sum(total) if self.processes else total
-        return float(total) / self.plan.expected_batch_size
+        return StepReport(released, self.mechanism.raw_loss(differences))

@@ -19,11 +19,12 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.estimation.batching import LogicalBatches, step_loader
+from peft_dpzero.estimation.batching import LogicalBatches, step_loader, without_column
 from peft_dpzero.estimation.differences import Losses
 from peft_dpzero.estimation.losses import FunctionTask, Task, infer_task
 from peft_dpzero.estimation.sampling import PoissonSampler, new_secret, seeded_secret
 from peft_dpzero.estimation.trunk import SharedTrunk
+from peft_dpzero.estimation.units import Units, units_by_column
 from peft_dpzero.guards import (
     Probe,
     check_arguments,
@@ -106,6 +107,7 @@ class DPZeroTrainerMixin(SavingMixin):
         self._journal: Journal | None = None
         self._replayed: list[JournalEntry] = []
         self._grad_norm = 0.0
+        self._private_losses: dict[int, float] = {}
 
     # ---- The plan ----
 
@@ -114,21 +116,40 @@ class DPZeroTrainerMixin(SavingMixin):
         """q, σ, T and what they cost; calibrated at first use, before any data is read."""
         if self._plan is None:
             check_dataset(self.train_dataset)
-            units = len(self.train_dataset)
             if self.args.max_steps > 0:
                 steps = self.args.max_steps
             else:
-                steps = math.ceil(self.args.num_train_epochs * self._steps_per_epoch(units))
-            self._plan = make_plan(self.dpzero_config, units, self.logical_batch_size, steps)
+                steps = math.ceil(self.args.num_train_epochs * self._steps_per_epoch)
+            self._plan = make_plan(
+                self.dpzero_config, self._num_units, self.logical_batch_size, steps, self._logging_interval(steps)
+            )
         return self._plan
 
-    def _steps_per_epoch(self, units: int) -> int:
-        return math.ceil(units / self.logical_batch_size)
+    @functools.cached_property
+    def _units(self) -> Units | None:
+        """Whose each example is; None if each is its own."""
+        config = self.dpzero_config
+        if config.privacy_unit is None:
+            return None
+        return units_by_column(self.train_dataset, config.privacy_unit, config.max_examples_per_unit)
+
+    @property
+    def _num_units(self) -> int:
+        check_dataset(self.train_dataset)
+        return len(self.train_dataset) if self._units is None else len(self._units)
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        return math.ceil(self._num_units / self.logical_batch_size)
+
+    def _logging_interval(self, steps: int) -> int:
+        every = self.args.logging_steps
+        return math.ceil(steps * every) if every < 1 else int(every)
 
     def privacy_record(self) -> dict[str, Any]:
         """The record of the releases made so far."""
         done = len(self._journal.entries) if self._journal is not None else self.state.global_step
-        return privacy_record(self.privacy_plan, done)
+        return privacy_record(self.privacy_plan, done, self._private_losses)
 
     # ---- Training ----
 
@@ -154,7 +175,8 @@ class DPZeroTrainerMixin(SavingMixin):
         if self.dpzero_config.train_loss == "nonprivate":
             return output
         metrics = {key: value for key, value in output.metrics.items() if key not in _WITHHELD_LOGS}
-        return TrainOutput(output.global_step, math.nan, metrics)
+        released = list(self._private_losses.values())
+        return TrainOutput(output.global_step, sum(released) / len(released) if released else math.nan, metrics)
 
     @property
     def _needs_label_column(self) -> bool:
@@ -215,6 +237,8 @@ class DPZeroTrainerMixin(SavingMixin):
 
     def _private_batches(self, sampler: PoissonSampler) -> LogicalBatches:
         dataset, collate = self.train_dataset, self.data_collator
+        if (unit := self.dpzero_config.privacy_unit) is not None:
+            collate = without_column(collate, unit)
         if hasattr(dataset, "remove_columns"):
             dataset = self._remove_unused_columns(dataset, description="training")
         else:
@@ -226,13 +250,12 @@ class DPZeroTrainerMixin(SavingMixin):
             self.args.per_device_train_batch_size,
             self.args.process_index,
             self.args.world_size,
+            self._units,
         )
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Paces the loop, one empty item a step; the step draws its own batch."""
-        check_dataset(self.train_dataset)
-        units = len(self.train_dataset)
-        return step_loader(units, self._steps_per_epoch(units))
+        return step_loader(self._num_units, self._steps_per_epoch)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """The logical batch."""
@@ -244,6 +267,8 @@ class DPZeroTrainerMixin(SavingMixin):
             self._step = self._build_step(model)
         report = self._step(self.state.global_step)
         self._grad_norm = report.released.norm
+        if report.released.loss is not None:
+            self._private_losses[self.state.global_step + 1] = report.released.loss
         return torch.tensor(report.nonprivate_loss or 0.0, device=self.args.device)
 
     def compute_loss(
@@ -284,8 +309,10 @@ class DPZeroTrainerMixin(SavingMixin):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in the Trainer, less what is private, plus the ε spent so far (an upper bound)."""
-        if self.dpzero_config.train_loss == "withheld":
+        if self.dpzero_config.train_loss != "nonprivate":
             logs = {key: value for key, value in logs.items() if key not in _WITHHELD_LOGS}
+        if (loss := self._private_losses.get(self.state.global_step)) is not None and "learning_rate" in logs:
+            logs["loss"] = loss
         logs.pop("total_flos", None)
         if "learning_rate" in logs and self.is_world_process_zero():
             logs["epsilon"] = self.privacy_plan.epsilon(self.state.global_step, COARSE_INTERVAL)

@@ -325,7 +325,7 @@ def examples_counted_twice(kind: Kind, folder: Path) -> bool:
     else:
         sampler = PoissonSampler(len(data), 1.0, new_secret())
         ranks = [LogicalBatches(data, sampler, lambda rows: {"rows": rows}, 2, rank, 3) for rank in range(3)]
-        seen = [i for rank in ranks for batch in rank.draw(0) for i in batch["rows"]]
+        seen = [i for rank in ranks for batch in rank.draw(0).micro_batches for i in batch["rows"]]
     assert set(seen) == set(data)
     return len(seen) > len(set(seen))
 

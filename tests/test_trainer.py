@@ -410,3 +410,37 @@ def test_saved_records_claim_the_releases_made(tmp_path: Path) -> None:
     claims = [json.loads((tmp_path / name / "privacy_record.json").read_text()) for name in ("checkpoint-2", "end")]
     assert [claim["steps"] for claim in claims] == [2, 4]
     assert [claim["epsilon"] for claim in claims] == [run.privacy_plan.epsilon(2), run.privacy_plan.epsilon(4)]
+
+
+def test_a_private_loss_is_logged_and_recorded_every_logging_steps(tmp_path: Path) -> None:
+    dpzero = config(train_loss="private", noise_multiplier=0.5)
+    run = trainer(tmp_path, dpzero=dpzero, max_steps=6, logging_steps=2, per_device_train_batch_size=64)
+    output = run.train()
+    logged = {log["step"]: log["loss"] for log in run.state.log_history if "loss" in log}
+    assert sorted(logged) == [2, 4, 6]
+    assert all(0.3 < loss < 1.1 for loss in logged.values())
+    assert output.training_loss == pytest.approx(np.mean(list(logged.values())))
+    run.save_model()
+    record = json.loads((tmp_path / "privacy_record.json").read_text())
+    assert record["released_losses"] == {str(step): loss for step, loss in logged.items()}
+    assert f"| 6 | {logged[6]:.3f} |" in (tmp_path / "README.md").read_text()
+
+
+def test_an_adaptive_threshold_survives_a_crash(tmp_path: Path) -> None:
+    def run(folder: Path, **changes: Any) -> DPZeroTrainer:
+        dpzero = config(clipping="adaptive", deterministic=True)
+        return trainer(folder, dpzero=dpzero, max_steps=6, save_strategy="steps", save_steps=2, **changes)
+
+    class Crash(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    whole = run(tmp_path / "whole")
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", callbacks=[Crash()]).train()
+    resumed = run(tmp_path / "cut")
+    resumed.train(resume_from_checkpoint=True)
+    assert (tmp_path / "cut/dpzero_journal").read_bytes() == (tmp_path / "whole/dpzero_journal").read_bytes()
+    assert torch.equal(weights(resumed.model), weights(whole.model))

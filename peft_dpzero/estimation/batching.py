@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,24 +14,44 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from peft_dpzero.estimation.sampling import PoissonSampler
+from peft_dpzero.estimation.units import Units
 
 Collator = Callable[[list[Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class LogicalBatch:
+    """One process's share of a step's batch.
+
+    Attributes:
+        micro_batches: collated rows, each set small enough to go through the model at once.
+        owners: for each row, in the micro-batches' order, the number of its unit in this share: (rows,) int64.
+        num_units: units in this share.
+    """
+
+    micro_batches: Sequence[dict[str, Any]] = ()
+    owners: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    num_units: int = 0
 
 
 class LogicalBatches:
     """The run's private batches, drawn by step number.
 
-    Every process draws the same logical batch and keeps each `world_size`-th unit of it. Units are independent, so
-    rows are sorted by length before they are cut into micro-batches, which spares padding. Transforms and collators
-    that draw at random (masking) do so from the run's secret: under a seed that is known, one example's presence
-    would change every other's masks.
+    Every process draws the same logical batch and keeps each `world_size`-th unit of it. Rows are independent, so
+    they are sorted by length before they are cut into micro-batches, and columns that are padding in every row are
+    cut off: what goes through the model is hardly more than the tokens that count. Transforms and collators that
+    draw at random (masking) do so from the run's secret: under a seed that is known, one example's presence would
+    change every other's masks.
 
     Args:
         dataset: map-style training data.
-        sampler: the run's sampler.
+        sampler: the run's sampler, over privacy units.
         collate: rows → micro-batch.
-        micro_batch_size: rows that go through the model at once.
+        micro_batch_size: rows of the longest length that go through the model at once; of shorter ones, as many as
+            make as many tokens.
         rank, world_size: this process among all.
+        units: the rows of each unit; None makes each row a unit.
+        max_tokens: tokens, padding included, that go through the model at once; None derives it as above.
     """
 
     def __init__(
@@ -41,11 +62,15 @@ class LogicalBatches:
         micro_batch_size: int,
         rank: int = 0,
         world_size: int = 1,
+        units: Units | None = None,
+        max_tokens: int | None = None,
     ) -> None:
         self._dataset = dataset
         self._sampler = sampler
         self._collate = collate
+        self._units = units
         self.micro_batch_size = micro_batch_size
+        self.max_tokens = max_tokens
         self.rank = rank
         self.world_size = world_size
 
@@ -53,20 +78,75 @@ class LogicalBatches:
         """Gives every process the first one's sampling key, so that all draw the same logical batches."""
         self._sampler.share_key(broadcast)
 
-    def draw(self, step: int) -> list[dict[str, Any]]:
-        """This process's micro-batches of `step`: a list, empty if no unit of its share was drawn."""
-        indices = self._sampler.draw(step)[self.rank :: self.world_size].tolist()
-        if not indices:
-            return []
-        with _generators_seeded(self._sampler.generator_seed(step, self.rank)):
-            rows = sorted(self._rows(indices), key=_length)
-            cuts = range(0, len(rows), self.micro_batch_size)
-            return [self._collate(rows[i : i + self.micro_batch_size]) for i in cuts]
+    def draw(self, step: int) -> LogicalBatch:
+        """This process's share of the batch of `step`, without rows if no unit of its share was drawn."""
+        drawn = self._sampler.draw(step)[self.rank :: self.world_size]
+        if not drawn.size:
+            return LogicalBatch()
+        seed = self._sampler.generator_seed(step, self.rank)
+        with _generators_seeded(seed):
+            chosen = self._choose(drawn, np.random.default_rng(np.frombuffer(seed, dtype="<u4")))
+            owners = np.repeat(np.arange(len(chosen)), [len(rows) for rows in chosen])
+            rows = self._rows(np.concatenate(chosen).tolist())
+            lengths = [_length(row) for row in rows]
+            order = sorted(range(len(rows)), key=lengths.__getitem__)
+            micro_batches = [trimmed(self._collate([rows[i] for i in part])) for part in self._cuts(order, lengths)]
+        return LogicalBatch(micro_batches, torch.from_numpy(owners[order]), len(chosen))
+
+    def _choose(self, drawn: np.ndarray, generator: np.random.Generator) -> list[np.ndarray]:
+        if self._units is None:
+            return [np.array([unit]) for unit in drawn]
+        return [self._units.choose(int(unit), generator) for unit in drawn]
+
+    def _cuts(self, order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Parts of `order`, whose lengths ascend."""
+        longest = lengths[order[-1]]
+        budget = self.max_tokens or self.micro_batch_size * longest
+        part: list[int] = []
+        for i in order:
+            full = (len(part) + 1) * lengths[i] > budget if longest else len(part) == self.micro_batch_size
+            if part and full:
+                yield part
+                part = []
+            part.append(i)
+        yield part
 
     def _rows(self, indices: Sequence[int]) -> list[Any]:
         if hasattr(self._dataset, "__getitems__"):
             return list(self._dataset.__getitems__(list(indices)))
         return [self._dataset[i] for i in indices]
+
+
+def trimmed(batch: dict[str, Any]) -> dict[str, Any]:
+    """`batch` without the leading and trailing columns that are padding in every row.
+
+    A column is cut from every (b, l) tensor if no row attends to it and no row has a label there.
+    """
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or "decoder_input_ids" in batch:
+        return batch
+    used = mask.bool().any(dim=0)
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.shape == mask.shape:
+        used = used | (labels != -100).any(dim=0)
+    columns = used.nonzero().flatten()
+    if not len(columns) or len(columns) == mask.shape[1]:
+        return batch
+    kept = slice(int(columns[0]), int(columns[-1]) + 1)
+    return {
+        key: value[:, kept] if isinstance(value, Tensor) and value.shape == mask.shape else value
+        for key, value in batch.items()
+    }
+
+
+def without_column(collate: Collator, column: str) -> Collator:
+    """`collate` on rows without `column`, which says whose they are and is not for the model."""
+
+    def collated(rows: list[Any]) -> dict[str, Any]:
+        kept = [{k: v for k, v in row.items() if k != column} if isinstance(row, dict) else row for row in rows]
+        return collate(kept)
+
+    return collated
 
 
 @contextmanager
@@ -85,7 +165,10 @@ def _generators_seeded(seed: bytes) -> Iterator[None]:
 
 
 def _length(row: Any) -> int:
-    ids = row.get("input_ids") if isinstance(row, dict) else None
+    """The tokens that a row attends to; 0 if it holds none."""
+    ids, mask = (row.get("input_ids"), row.get("attention_mask")) if isinstance(row, dict) else (None, None)
+    if mask is not None and ids is not None and len(mask) == len(ids):
+        return int(np.count_nonzero(mask))
     return len(ids) if ids is not None else 0
 
 

@@ -19,6 +19,7 @@ from dp_accounting.rdp import RdpAccountant
 
 from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
+from peft_dpzero.mechanism.pure import laplace_epsilon, laplace_noise_multiplier
 
 ACCOUNTANT = "dp_accounting.pld.PLDAccountant"
 # The accountant's grid on the privacy loss. Its rounding is pessimistic, so a coarse grid overstates ε.
@@ -39,6 +40,11 @@ def accountant_version() -> str:
     return version("dp-accounting")
 
 
+def discretization_interval(noise_multiplier: float, interval: float = INTERVAL) -> float:
+    """The grid that PLD takes at σ: coarser below σ = 0.1, where ε is huge and the fine grid has millions of points."""
+    return max(interval, 1e-6 / noise_multiplier**2) if noise_multiplier else interval
+
+
 @lru_cache(maxsize=1024)
 def epsilon(
     noise_multiplier: float,
@@ -53,7 +59,9 @@ def epsilon(
         return 0.0
     if noise_multiplier == 0:
         return math.inf
-    accountant = PLDAccountant(RELATIONS[neighboring], value_discretization_interval=interval)
+    accountant = PLDAccountant(
+        RELATIONS[neighboring], value_discretization_interval=discretization_interval(noise_multiplier, interval)
+    )
     accountant.compose(_event(noise_multiplier, sample_rate, steps))
     return float(accountant.get_epsilon(delta))
 
@@ -136,12 +144,14 @@ class PrivacyPlan:
     Attributes:
         config: with `noise_multiplier` calibrated.
         num_units: N. expected_batch_size: B. sample_rate: q = B / N. steps: T.
+        loss_interval: steps between released losses, with train_loss="private".
     """
 
     config: DPZeroConfig
     num_units: int
     expected_batch_size: int
     steps: int
+    loss_interval: int = 0
 
     @property
     def sample_rate(self) -> float:
@@ -160,6 +170,8 @@ class PrivacyPlan:
             return math.inf
         assert self.config.target_delta is not None
         count = self.steps if steps is None else steps
+        if self.config.mechanism == "laplace":
+            return laplace_epsilon(self.noise_multiplier, self.sample_rate, count, self.config.neighboring)
         return epsilon(
             self.noise_multiplier,
             self.sample_rate,
@@ -170,14 +182,17 @@ class PrivacyPlan:
         )
 
 
-def make_plan(config: DPZeroConfig, num_units: int, expected_batch_size: int, steps: int) -> PrivacyPlan:
+def make_plan(
+    config: DPZeroConfig, num_units: int, expected_batch_size: int, steps: int, loss_interval: int = 0
+) -> PrivacyPlan:
     """Checks the run's sizes and calibrates σ if an ε is asked for.
 
     Args:
         config: the user's settings.
-        num_units: N, training examples.
-        expected_batch_size: B, the logical batch.
+        num_units: N, privacy units in the training data.
+        expected_batch_size: B, the logical batch, in units.
         steps: T.
+        loss_interval: steps between released losses; needed, and used, with train_loss="private" only.
 
     Raises:
         DPZeroError: an empty data set, a batch larger than the data, δ of 1/N or more, or no steps.
@@ -186,10 +201,13 @@ def make_plan(config: DPZeroConfig, num_units: int, expected_batch_size: int, st
         raise DPZeroError("train_dataset is empty: there is nothing to train on.")
     if steps < 1:
         raise DPZeroError("The run has no steps: set max_steps or num_train_epochs above 0.")
+    if config.train_loss == "private" and loss_interval < 1:
+        raise DPZeroError("train_loss='private' needs the steps between two released losses: set logging_steps.")
+    noun = "examples" if config.privacy_unit is None else f"different values of {config.privacy_unit!r}"
     if expected_batch_size > num_units:
         raise DPZeroError(
             f"The logical batch ({expected_batch_size} = per_device_train_batch_size × gradient_accumulation_steps × "
-            f"processes) is larger than the data ({num_units} examples): lower one of them."
+            f"processes) is larger than the data ({num_units} {noun}): lower one of them."
         )
     assert config.target_delta is not None
     if config.is_private and config.target_delta >= 1 / num_units:
@@ -198,13 +216,16 @@ def make_plan(config: DPZeroConfig, num_units: int, expected_batch_size: int, st
             f"publishing somebody's data outright. Use at most {0.1 / num_units:.1g}."
         )
     if config.noise_multiplier is None:
-        assert config.target_epsilon is not None
-        sigma = calibrate_noise_multiplier(
-            config.target_epsilon,
-            config.target_delta,
-            expected_batch_size / num_units,
-            steps,
-            config.neighboring,
-        )
-        config = config.replace(target_epsilon=None, noise_multiplier=sigma)
-    return PrivacyPlan(config, num_units, expected_batch_size, steps)
+        rate = expected_batch_size / num_units
+        config = config.replace(target_epsilon=None, noise_multiplier=_calibrated(config, rate, steps))
+    return PrivacyPlan(config, num_units, expected_batch_size, steps, loss_interval)
+
+
+def _calibrated(config: DPZeroConfig, sample_rate: float, steps: int) -> float:
+    assert config.target_epsilon is not None
+    assert config.target_delta is not None
+    if config.mechanism == "laplace":
+        return laplace_noise_multiplier(config.target_epsilon, sample_rate, steps, config.neighboring)
+    return calibrate_noise_multiplier(
+        config.target_epsilon, config.target_delta, sample_rate, steps, config.neighboring
+    )

@@ -10,19 +10,17 @@ import torch
 from torch import Tensor
 
 from peft_dpzero.config import DPZeroConfig
-from peft_dpzero.mechanism.clipping import SENSITIVITY, clip, clip_to_grid, grid_unit
-from peft_dpzero.mechanism.noise import DiscreteGaussian, Noise, NoNoise, SeededGaussian
+from peft_dpzero.mechanism.clipping import SENSITIVITY, clip, grid_unit
+from peft_dpzero.mechanism.contribution import Contributions
+from peft_dpzero.mechanism.noise import ExactNoise, Noise, NoNoise, SeededNoise
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class PrivateDifferences:
-    """Per-unit loss differences: (n, K) float64. Private: only `PrivateSum` opens it.
-
-    `loss_sum` is the sum of the units' losses, which leaves only if the user chose train_loss="nonprivate".
-    """
+    """Per-unit loss differences, (n, K) float64, and losses, (n,) float64. Private: only `PrivateSum` opens it."""
 
     _rows: Tensor
-    loss_sum: float = 0.0
+    _losses: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
 
     def __repr__(self) -> str:
         return "PrivateDifferences(withheld)"
@@ -37,13 +35,18 @@ class Released:
 
     Attributes:
         step: the step's number, from 0.
-        values: K numbers, s_k: integers on the grid (floats only if nothing is clipped).
-        coefficients: ĝ_k / 1 = γ·s_k / (B·K), the weight of direction z_k in the estimated gradient.
+        values: the noisy integer sums (floats only if nothing is clipped): K for the directions, then one for the
+            loss and one for the count of units below the threshold, where the step releases them.
+        coefficients: ĝ_k = γ·s_k / (B·K), the weight of direction z_k in the estimated gradient.
+        clipping_threshold: C of this step.
+        loss: the noisy mean loss, if the step releases it.
     """
 
     step: int
     values: tuple[float, ...]
     coefficients: tuple[float, ...] = field(repr=False)
+    clipping_threshold: float
+    loss: float | None = None
 
     @property
     def norm(self) -> float:
@@ -73,46 +76,82 @@ class OneProcess:
 
 
 class PrivateSum:
-    """s = Σ_i clip(d_i) + noise, in integers; ĝ = γ·s / (B·K).
+    """s = Σ_i row_i + noise, in integers; ĝ = γ·s / (B·K).
 
     Guarantee: for the sampled units, the L2 sensitivity of the integer sum is 2²⁰ when one unit is added or
     removed (checked row by row), and the noise is a discrete Gaussian of scale σ·2²⁰: a Gaussian mechanism with
-    noise multiplier σ. Poisson sampling at rate q and T-fold composition are the accountant's.
+    noise multiplier σ. With mechanism="laplace" rows have one entry, so the same holds of the L1 norm and the
+    discrete Laplace. Poisson sampling at rate q and T-fold composition are the accountant's.
 
     Args:
-        config: with `noise_multiplier` set (see `calibrated`).
+        config: with `noise_multiplier` set, as `make_plan` returns it.
         expected_batch_size: B = q·N. Sums are divided by it, never by a batch's actual size.
         processes: the run's processes.
+        loss_interval: steps between released losses, with train_loss="private".
     """
 
-    def __init__(self, config: DPZeroConfig, expected_batch_size: float, processes: Processes | None = None) -> None:
+    def __init__(
+        self,
+        config: DPZeroConfig,
+        expected_batch_size: float,
+        processes: Processes | None = None,
+        loss_interval: int = 0,
+    ) -> None:
         if config.noise_multiplier is None:
             raise ValueError("noise_multiplier is not calibrated yet: use the config that `make_plan` returns.")
         self.config = config
         self.expected_batch_size = expected_batch_size
         self.processes = processes or OneProcess()
         self.clips = config.clipping_threshold != float("inf")
-        self.unit = grid_unit(config.clipping_threshold) if self.clips else 1.0
+        self.clipping_threshold = config.clipping_threshold
+        self._contributions = Contributions(config, loss_interval)
         self._noise = _noise(config.noise_multiplier * SENSITIVITY, config)
+        self._interpreted = -1
 
     def release(self, step: int, differences: PrivateDifferences) -> Released:
-        """Clips, sums over units and processes, adds noise once, and opens the door for the K results."""
+        """Clips, sums over units and processes, adds noise once, and opens the door for the results."""
         rows = differences._rows
-        threshold = self.config.clipping_threshold
-        clipped = clip_to_grid(rows, threshold) if self.clips else clip(rows, threshold)
-        total = self.processes.sum(clipped.sum(dim=0))
+        if self.clips:
+            rows = self._contributions.rows(step, rows, differences._losses, self.clipping_threshold)
+        else:
+            rows = clip(rows, self.clipping_threshold)
+        total = self.processes.sum(rows.sum(dim=0))
         if self.processes.is_main_process:
             total = total + self._noise.sample(total.numel(), step)
         values = self.processes.broadcast(total).tolist()
         return self.interpret(step, values)
 
     def interpret(self, step: int, values: Sequence[float]) -> Released:
-        """The release whose K values are already known, from a journal."""
-        weight = self.unit / (self.expected_batch_size * self.config.num_directions)
-        return Released(step, tuple(values), tuple(weight * value for value in values))
+        """The release whose values are already known, from a journal; moves an adaptive threshold on.
+
+        Raises:
+            RuntimeError: with an adaptive threshold, `step` is not the one after the last.
+        """
+        threshold, contributions = self.clipping_threshold, self._contributions
+        if contributions.counts and self._interpreted not in (-1, step - 1):
+            raise RuntimeError(f"Step {step} cannot follow step {self._interpreted}: its threshold is unknown.")
+        self._interpreted = step
+        self.clipping_threshold = contributions.next_threshold(threshold, values, self.expected_batch_size)
+        unit = grid_unit(threshold) / contributions.difference_weight(step) if self.clips else 1.0
+        weight = unit / (self.expected_batch_size * self.config.num_directions)
+        return Released(
+            step,
+            tuple(values),
+            tuple(weight * value for value in values[: self.config.num_directions]),
+            threshold,
+            contributions.loss(step, values, self.expected_batch_size),
+        )
+
+    def raw_loss(self, differences: PrivateDifferences) -> float | None:
+        """The batch's mean loss without noise if the user chose train_loss="nonprivate", else None."""
+        if self.config.train_loss != "nonprivate":
+            return None
+        return float(self.processes.sum(differences._losses.sum()[None])) / self.expected_batch_size
 
 
 def _noise(scale: float, config: DPZeroConfig) -> Noise:
     if scale == 0:
         return NoNoise()
-    return SeededGaussian(scale, config.direction_seed) if config.deterministic else DiscreteGaussian(scale)
+    if config.deterministic:
+        return SeededNoise(config.mechanism, scale, config.direction_seed)
+    return ExactNoise(config.mechanism, scale)

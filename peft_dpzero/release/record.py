@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -11,22 +12,23 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from peft_dpzero.mechanism.accountant import ACCOUNTANT, INTERVAL, PrivacyPlan, accountant_version
+from peft_dpzero.mechanism.accountant import ACCOUNTANT, PrivacyPlan, accountant_version, discretization_interval
 from peft_dpzero.mechanism.clipping import SENSITIVITY
 
 RECORD_NAME = "privacy_record.json"
 CARD_NAME = "README.md"
 
 _NEIGHBORS = {
-    "add_or_remove_one": "data sets that differ by the presence of one training example",
-    "replace_one": "data sets of equal size that differ in the content of one training example",
+    "add_or_remove_one": "data sets that differ by the presence of {unit}",
+    "replace_one": "data sets of equal size that differ in the content of {unit}",
 }
 
 
-def privacy_record(plan: PrivacyPlan, steps: int) -> dict[str, Any]:
+def privacy_record(plan: PrivacyPlan, steps: int, losses: Mapping[int, float] | None = None) -> dict[str, Any]:
     """The JSON-ready record of a run that has made `steps` releases.
 
-    `epsilon` is what PLD proves for them, or null where nothing is guaranteed.
+    `epsilon` is what the accountant proves for them, or null where nothing is guaranteed. `losses` are the private mean
+    losses, by the number of steps done.
     """
     config = plan.config
     spent = plan.epsilon(steps)
@@ -40,17 +42,16 @@ def privacy_record(plan: PrivacyPlan, steps: int) -> dict[str, Any]:
         "steps": steps,
         "planned_steps": plan.steps,
         "neighboring": config.neighboring,
-        "mechanism": "poisson_sampled_discrete_gaussian",
+        "mechanism": f"poisson_sampled_discrete_{config.mechanism}",
         "sampling": "poisson",
-        "privacy_unit": "example",
-        "accountant": {
-            "name": ACCOUNTANT,
-            "version": accountant_version(),
-            "value_discretization_interval": INTERVAL,
-        },
+        "privacy_unit": config.privacy_unit or "example",
+        "max_examples_per_unit": config.max_examples_per_unit if config.privacy_unit else None,
+        "accountant": _accountant(plan),
         "deterministic": config.deterministic,
         "expected_batch_size": plan.expected_batch_size,
+        "clipping": config.clipping,
         "clipping_threshold": _finite(config.clipping_threshold),
+        "clipping_quantile": config.clipping_quantile if config.clipping == "adaptive" else None,
         "grid_units_per_clipping_threshold": SENSITIVITY,
         "num_directions": config.num_directions,
         "smoothing_parameter": config.smoothing_parameter,
@@ -58,10 +59,25 @@ def privacy_record(plan: PrivacyPlan, steps: int) -> dict[str, Any]:
         "direction_distribution": config.direction_distribution,
         "direction_seed": config.direction_seed,
         "train_loss": config.train_loss,
+        "released_losses": {str(step): loss for step, loss in (losses or {}).items()} or None,
         "evaluation_data": "treated as public",
         "not_covered": _not_covered(plan),
         "versions": {name: version(name) for name in ("peft_dpzero", "torch", "transformers", "peft", "opendp")},
     }
+
+
+_LARGEST_LOSS = {
+    "add_or_remove_one": "log(1 - q + q * exp(1 / noise_multiplier))",
+    "replace_one": "log((1 - q + q * exp(1 / noise_multiplier)) / (1 - q + q * exp(-1 / noise_multiplier)))",
+}
+
+
+def _accountant(plan: PrivacyPlan) -> dict[str, Any]:
+    if plan.config.mechanism == "laplace":
+        formula = _LARGEST_LOSS[plan.config.neighboring]
+        return {"name": "sum of the releases' largest privacy losses", "per_step": formula}
+    interval = discretization_interval(plan.noise_multiplier)
+    return {"name": ACCOUNTANT, "version": accountant_version(), "value_discretization_interval": interval}
 
 
 def save_record(record: dict[str, Any], folder: Path) -> Path:
@@ -104,7 +120,7 @@ def save_card(record: dict[str, Any], folder: Path, base_model: str | None, libr
         },
     )
     path = folder / CARD_NAME
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_card_text(record, base_model)}").save(path)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_card_text(record, base_model, library)}").save(path)
     return path
 
 
@@ -113,7 +129,8 @@ def _guarantee(plan: PrivacyPlan) -> str:
         return "none: deterministic mode, in which sampling and noise are predictable"
     if plan.noise_multiplier == 0:
         return "none: no noise was added"
-    return "(epsilon, delta)-differential privacy of the released values and of all that is computed from them"
+    kind = "epsilon" if plan.config.mechanism == "laplace" else "(epsilon, delta)"
+    return f"{kind}-differential privacy of the released values and of all that is computed from them"
 
 
 def _not_covered(plan: PrivacyPlan) -> list[str]:
@@ -122,7 +139,7 @@ def _not_covered(plan: PrivacyPlan) -> list[str]:
         "the choice of hyper-parameters, if it looked at the training data",
         "the base model's own training data",
         "how long steps took",
-        "the number of training examples, which sample_rate reveals",
+        "the number of privacy units, which sample_rate reveals",
     ]
     if plan.config.train_loss == "nonprivate":
         gaps.append("the training loss, which was logged without noise (train_loss='nonprivate')")
@@ -133,9 +150,9 @@ def _finite(value: float) -> float | None:
     return None if math.isinf(value) else value
 
 
-def _card_text(record: dict[str, Any], base_model: str | None) -> str:
+def _card_text(record: dict[str, Any], base_model: str | None, library: str) -> str:
     name = f"`{base_model}`" if base_model else "a base model"
-    noun = "adapter" if record["epsilon"] is not None else "model"
+    noun = "adapter" if library == "peft" else "model"
     lines = [
         f"# Fine-tuned {noun} of {name}",
         "",
@@ -156,6 +173,7 @@ def _card_text(record: dict[str, Any], base_model: str | None) -> str:
         "|---|---|",
         *(f"| {label} | {record[key]} |" for label, key in _CARD_ROWS),
         "",
+        *_loss_table(record),
         f"`{RECORD_NAME}` holds every number that the accountant needs.",
         "",
     ]
@@ -167,27 +185,51 @@ _CARD_ROWS = (
     ("sample rate q", "sample_rate"),
     ("steps released", "steps"),
     ("directions a step K", "num_directions"),
+    ("clipping", "clipping"),
     ("clipping threshold C", "clipping_threshold"),
     ("smoothing parameter λ", "smoothing_parameter"),
     ("expected batch size", "expected_batch_size"),
     ("training loss", "train_loss"),
 )
+_LOSS_ROWS = 20
+
+
+def _loss_table(record: dict[str, Any]) -> list[str]:
+    """The released losses, about twenty of them, with the last."""
+    losses = list((record["released_losses"] or {}).items())
+    if not losses:
+        return []
+    every = -(-len(losses) // _LOSS_ROWS)
+    shown = losses[::-1][::every][::-1]
+    rows = (f"| {step} | {loss:.3f} |" for step, loss in shown)
+    return ["| step | training loss (noisy, within the ε) |", "|---|---|", *rows, ""]
 
 
 def _statement(record: dict[str, Any]) -> list[str]:
     if record["epsilon"] is None:
         return [f"**This model has no privacy guarantee** ({record['guarantee'].removeprefix('none: ')})."]
+    column = None if record["privacy_unit"] == "example" else record["privacy_unit"]
+    pure = record["mechanism"].endswith("laplace")
+    budget = f"{record['epsilon']:.4g}" if pure else f"({record['epsilon']:.4g}, {record['delta']:g})"
+    protected = "every single training example" if column is None else f"all examples of one `{column}` together"
+    unit = "one training example" if column is None else f"all the examples of one `{column}`"
+    whose = (
+        "The privacy unit is one example: somebody who contributed several is protected less."
+        if column is None
+        else f"The privacy unit is one value of `{column}`, however many examples it has."
+    )
+    slack = "" if pure else f", up to δ = {record['delta']:g}"
+    accountant = " ".join(str(record["accountant"][k]) for k in ("name", "version") if k in record["accountant"])
+    neighbors = _NEIGHBORS[record["neighboring"]].format(unit=unit)
     return [
-        f"Training satisfies **({record['epsilon']:.4g}, {record['delta']:g})-differential privacy** for every single "
-        "training example.",
+        f"Training satisfies **{budget}-differential privacy** for {protected}.",
         "",
-        f"Neighbouring data sets are {_NEIGHBORS[record['neighboring']]} (`{record['neighboring']}`). For any two of "
-        f"them and any set of outcomes, the probabilities of that set differ by a factor of at most "
-        f"e^ε = {math.exp(record['epsilon']):.3g}, up to δ = {record['delta']:g}. The privacy unit is one example: "
-        "somebody who contributed several is protected less.",
+        f"Neighbouring data sets are {neighbors} (`{record['neighboring']}`). "
+        "For any two of them and any set of outcomes, the probabilities of that set differ by a factor of at most "
+        f"e^ε = {math.exp(record['epsilon']):.3g}{slack}. {whose}",
         "",
-        f"The bound composes {record['steps']} releases of a discrete Gaussian mechanism on Poisson samples, computed "
-        f"by {record['accountant']['name']} {record['accountant']['version']}. The released values, the directions "
+        f"The bound composes {record['steps']} releases of a discrete {'Laplace' if pure else 'Gaussian'} mechanism on "
+        f"Poisson samples, computed by {accountant}. The released values, the directions "
         "and the weights are all public; the weights are a function of the other two and of the base model.",
     ]
 
@@ -204,5 +246,6 @@ def plan_header(plan: PrivacyPlan, trainable: list[tuple[str, list[int]]]) -> di
         "sample_rate": plan.sample_rate,
         "expected_batch_size": plan.expected_batch_size,
         "steps": plan.steps,
+        "loss_interval": plan.loss_interval,
         "trainable": trainable,
     }

@@ -25,31 +25,36 @@ def batches(secret: bytes, dataset: Any = ROWS, rate: float = 0.5, **settings: A
     return LogicalBatches(dataset, PoissonSampler(len(dataset), rate, secret), collate, **settings)
 
 
+def drawn(source: LogicalBatches, step: int) -> list[dict[str, Any]]:
+    return list(source.draw(step).micro_batches)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("micro_batch_size", [1, 4, 100])
 def test_every_drawn_row_is_in_one_micro_batch_of_one_process(world_size: int, micro_batch_size: int) -> None:
     secret = seeded_secret(0)
     for step in range(5):
-        ranks = [
-            batches(secret, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size).draw(step)
-            for rank in range(world_size)
-        ]
+        sharded = {"micro_batch_size": micro_batch_size, "world_size": world_size}
+        ranks = [drawn(batches(secret, rank=rank, **sharded), step) for rank in range(world_size)]
         seen = [i for micro_batches in ranks for batch in micro_batches for i in batch["index"]]
         assert sorted(seen) == PoissonSampler(40, 0.5, secret).draw(step).tolist()
-        assert all(len(batch["index"]) <= micro_batch_size for micro_batches in ranks for batch in micro_batches)
+        for share in ranks:
+            longest = max((length for batch in share for length in batch["length"]), default=0)
+            tokens = [len(batch["length"]) * max(batch["length"]) for batch in share]
+            assert all(count <= micro_batch_size * longest for count in tokens)
 
 
 def test_rows_of_like_length_share_a_micro_batch() -> None:
-    lengths = [length for batch in batches(seeded_secret(0)).draw(0) for length in batch["length"]]
+    lengths = [length for batch in batches(seeded_secret(0)).draw(0).micro_batches for length in batch["length"]]
     assert lengths == sorted(lengths)
     assert len(set(lengths)) > 1
 
 
 def test_draws_are_a_function_of_key_and_step() -> None:
     first, again, other = batches(seeded_secret(0)), batches(seeded_secret(0)), batches(seeded_secret(1))
-    assert first.draw(3) == first.draw(3) == again.draw(3)
-    assert first.draw(3) != first.draw(4)
-    assert first.draw(3) != other.draw(3)
+    assert drawn(first, 3) == drawn(first, 3) == drawn(again, 3)
+    assert drawn(first, 3) != drawn(first, 4)
+    assert drawn(first, 3) != drawn(other, 3)
 
 
 def test_processes_that_share_a_key_draw_alike() -> None:
@@ -57,12 +62,12 @@ def test_processes_that_share_a_key_draw_alike() -> None:
     key: list[torch.Tensor] = []
     first.share_key(lambda tensor: key.append(tensor) or tensor)
     second.share_key(lambda tensor: key[0])
-    assert first.draw(0) == second.draw(0)
+    assert drawn(first, 0) == drawn(second, 0)
 
 
 def test_an_empty_draw_never_meets_the_collator() -> None:
-    drawn = batches(seeded_secret(0), rate=1e-6)
-    assert [drawn.draw(step) for step in range(10)] == [[]] * 10
+    empty = batches(seeded_secret(0), rate=1e-6)
+    assert [len(empty.draw(step).micro_batches) for step in range(10)] == [0] * 10
 
 
 def test_only_drawn_rows_are_read() -> None:
@@ -77,12 +82,12 @@ def test_only_drawn_rows_are_read() -> None:
         def __getitems__(self, indices: list[int]) -> list[Any]:
             return [self[i] for i in indices]
 
-    drawn = PoissonSampler(40, 0.2, seeded_secret(0)).draw(0).tolist()
+    wanted = PoissonSampler(40, 0.2, seeded_secret(0)).draw(0).tolist()
     for kind in (Rows, FetchedTogether):
         data = kind(ROWS)
         data.read = []
         batches(seeded_secret(0), data, rate=0.2).draw(0)
-        assert data.read == drawn
+        assert data.read == wanted
 
 
 def masks(seed: int, secret: bytes) -> list[list[float]]:
@@ -95,10 +100,10 @@ def masks(seed: int, secret: bytes) -> list[list[float]]:
     random.seed(seed)
     np.random.seed(seed)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    drawn = LogicalBatches(ROWS, PoissonSampler(40, 1.0, secret), masking, micro_batch_size=40).draw(0)
+    batches = LogicalBatches(ROWS, PoissonSampler(40, 1.0, secret), masking, micro_batch_size=40).draw(0).micro_batches
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1:] == (random.getstate(), np.random.get_state()[1].tolist())
-    return [batch["draws"] for batch in drawn]
+    return [batch["draws"] for batch in batches]
 
 
 def test_a_masking_collator_draws_from_the_secret_and_not_from_the_users_seed() -> None:

@@ -22,6 +22,7 @@ from peft_dpzero import (
     Verbalizer,
     infer_task,
 )
+from peft_dpzero.estimation.batching import LogicalBatch
 from peft_dpzero.estimation.differences import estimate_differences
 from peft_dpzero.mechanism.private_sum import PrivateSum
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -163,7 +164,7 @@ def test_an_example_without_loss_contributes_zero(tokenizer: Any) -> None:
         batch["labels"] = torch.zeros(len(texts), dtype=torch.long)
         differences = estimate_differences(
             losses,
-            [batch],
+            LogicalBatch([batch], torch.arange(len(texts)), len(texts)),
             perturbation,
             step=0,
             num_directions=2,

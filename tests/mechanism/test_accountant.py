@@ -75,3 +75,8 @@ def test_impossible_plans_are_refused(units: int, batch: int, steps: int, words:
 def test_wrong_values_name_their_field(changes: dict[str, object], field: str) -> None:
     with pytest.raises(ValueError, match=field):
         DPZeroConfig(**({"target_epsilon": 2.0, "target_delta": 1e-5} | changes))
+
+
+def test_hardly_any_noise_is_accounted_in_no_time() -> None:
+    plan = make_plan(DPZeroConfig(noise_multiplier=0.01, target_delta=1e-5), 2000, 50, 3)
+    assert 5000 < plan.epsilon() < 50_000

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft_dpzero import DPZeroConfig, PoissonSampler, new_secret
 from peft_dpzero.mechanism.clipping import SENSITIVITY, clip, clip_to_grid
-from peft_dpzero.mechanism.noise import DiscreteGaussian
+from peft_dpzero.mechanism.noise import ExactNoise
 from peft_dpzero.mechanism.private_sum import PrivateDifferences, PrivateSum
 from scipy import stats
 
@@ -59,7 +59,7 @@ def test_clipping_equals_the_formula_and_rounds_toward_zero() -> None:
 
 def test_discrete_gaussian_has_its_distribution() -> None:
     scale = 2.5
-    draws = DiscreteGaussian(scale).sample(200_000, 0).numpy()
+    draws = ExactNoise("gaussian", scale).sample(200_000, 0).numpy()
     support = np.arange(-12, 13)
     weights = np.exp(-(np.arange(-200, 201) ** 2) / (2 * scale**2))
     inside = np.exp(-(support**2) / (2 * scale**2)) / weights.sum()
@@ -139,7 +139,9 @@ def test_an_empty_batch_is_noise_alone() -> None:
 def test_private_differences_do_not_show_or_travel() -> None:
     import pickle
 
-    sealed = PrivateDifferences(torch.full((1, 1), 42.0, dtype=torch.float64), loss_sum=17.0)
+    sealed = PrivateDifferences(
+        torch.full((1, 1), 42.0, dtype=torch.float64), torch.full((1,), 17.0, dtype=torch.float64)
+    )
     assert "42" not in repr(sealed)
     assert "17" not in repr(sealed)
     with pytest.raises(TypeError):
