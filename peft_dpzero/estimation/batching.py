@@ -30,7 +30,8 @@ class LogicalBatches:
         sampler: the run's sampler.
         collate: rows → micro-batch.
         micro_batch_size: rows that go through the model at once.
-        rank, world_size: this process among all.
+        rank: this process among all.
+        world_size: how many processes there are.
     """
 
     def __init__(
