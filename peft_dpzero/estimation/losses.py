@@ -164,8 +164,8 @@ class Verbalizer(Task):
         causal: causal LM (True) or masked LM (False).
 
     Raises:
-        DPZeroError: fewer than two words, a word without tokens, two words with the same tokens, or a masked LM
-            without a mask token.
+        DPZeroError: fewer than two words, a word without tokens or with an unknown one, two words with the same
+            tokens, or a masked LM without a mask token.
     """
 
     def __init__(self, tokenizer: Any, words: Sequence[str], *, causal: bool) -> None:
@@ -174,6 +174,9 @@ class Verbalizer(Task):
             raise DPZeroError("Verbalizer needs a label word for each of at least two classes.")
         if empty := [word for word, ids in zip(words, tokens, strict=True) if not ids]:
             raise DPZeroError(f"Label word {empty[0]!r} has no tokens.")
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        if unread := [word for word, ids in zip(words, tokens, strict=True) if unknown in ids]:
+            raise DPZeroError(f"Label word {unread[0]!r} is not in the tokenizer's vocabulary: choose another.")
         if len({tuple(ids) for ids in tokens}) < len(tokens):
             raise DPZeroError(f"Two of the label words {list(words)} have the same tokens: choose others.")
         if not causal and tokenizer.mask_token_id is None:

@@ -211,7 +211,13 @@ def test_causal_verbalizer_reads_what_follows_the_prompt(words: list[str], side:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [(["good"], "two classes"), (["good", ""], "no tokens"), (["good", "good"], "same tokens")]
+    ("words", "message"),
+    [
+        (["good"], "two classes"),
+        (["good", ""], "no tokens"),
+        (["good", "good"], "same tokens"),
+        (["good", "awful"], "vocabulary"),
+    ],
 )
 def test_label_words_must_differ(words: list[str], message: str, tokenizer: Any) -> None:
     with pytest.raises(DPZeroError, match=message):
