@@ -16,7 +16,7 @@ lint: $(VENV)/.ready
 	$(RUN)/mypy
 
 docs: $(VENV)/.ready
-	$(RUN)/mkdocs build --strict --quiet
+	$(RUN)/mkdocs build --strict
 
 unit: $(VENV)/.ready
 	$(RUN)/pytest -n 2 --dist loadfile

@@ -1,26 +1,18 @@
-"""What is refused before any data is read, and the start-up probe on made-up tokens."""
+"""What is refused before any data is read."""
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import IterableDataset
 
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.estimation.trunk import SharedTrunk
 from peft_dpzero.perturbation import Perturbation
-
-logger = logging.getLogger(__name__)
-
-# How far the probe moves the parameters: enough to show in float32 logits whatever the adapter.
-_PROBE_SCALE = 0.1
-_PROBE_LENGTHS = (5, 9, 7)
 
 # (argument of TrainingArguments, is it set?, why it is refused and what to do)
 _REFUSED_ARGUMENTS: Sequence[tuple[str, Callable[[Any], bool], str]] = (
@@ -146,110 +138,6 @@ def check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.is_meta and parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
             raise DPZeroError(f"Parameter {name} holds NaN or infinity: load the model again, or fix its checkpoint.")
-
-
-class Probe:
-    """Runs a text model on made-up tokens.
-
-    Args:
-        model: takes `input_ids` and `attention_mask`, returns `.logits`.
-        device: where the inputs go.
-        padding_side: where the data's padding goes, "right" or "left".
-    """
-
-    def __init__(self, model: Any, device: torch.device, padding_side: str = "right") -> None:
-        self.model = model
-        self.padding_side = padding_side
-        config = model.config
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        self.encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-        self.pad = int(getattr(text, "pad_token_id", None) or 0)
-        generator = torch.Generator().manual_seed(0)
-        draw = torch.randint(0, text.vocab_size - 1, (sum(_PROBE_LENGTHS),), generator=generator)
-        ids = draw + (draw >= self.pad).long()
-        self.rows = [row.to(device) for row in torch.split(ids, list(_PROBE_LENGTHS))]
-
-    @staticmethod
-    def suits(model: nn.Module) -> bool:
-        """Whether the model reads tokens, so that a probe can be made up."""
-        return hasattr(model, "config") and getattr(model, "main_input_name", "input_ids") == "input_ids"
-
-    @torch.no_grad()
-    def logits(self, rows: Sequence[Tensor]) -> Tensor:
-        """Logits of a padded batch of `rows`: (b, …)."""
-        side = self.padding_side
-        ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=self.pad, padding_side=side)
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        if self.encoder_decoder:
-            inputs["decoder_input_ids"] = torch.stack([row[:3] for row in rows])
-        return torch.as_tensor(self.model(**inputs).logits)
-
-    def run(self) -> Tensor:
-        """Logits of the whole probe."""
-        return self.logits(self.rows)
-
-    def check_independence(self, perturbation: Perturbation) -> None:
-        """Refuses models in which an example's output depends on its batch-mates, at θ or near it.
-
-        Raises:
-            DPZeroError: it does.
-        """
-        # Parameters that start at zero, as LoRA's B, would hide what they multiply.
-        for scale in (0.0, _PROBE_SCALE):
-            with perturbation.at(0, 0, scale):
-                self._compare_rows()
-
-    def _compare_rows(self) -> None:
-        together = self.run()
-        precise = together.dtype in (torch.float32, torch.float64)
-        tolerance = (3e-4 if precise else 0.1) * float(together.abs().max())
-        for i, row in enumerate(self.rows):
-            alone = self.logits([row])[0]
-            beside = together[i]
-            if alone.ndim == 2 and not self.encoder_decoder:
-                right = self.padding_side == "right"
-                beside = beside[: len(alone)] if right else beside[-len(row) :]
-                alone = alone if right else alone[-len(row) :]
-            if not torch.allclose(alone.double(), beside.double(), rtol=0, atol=tolerance):
-                raise DPZeroError(
-                    "An example's output depends on its batch-mates (found on made-up tokens), so clipping it bounds "
-                    "nothing. Usual causes: batch norm in train mode, a mixture of experts that drops tokens, a "
-                    "model that ignores attention_mask, packing, padding on the left under absolute positions (set "
-                    "tokenizer.padding_side='right'). Use a model or setting without it."
-                )
-
-    def check_reach(self, perturbation: Perturbation) -> None:
-        """Refuses trainable parameters that do not influence the output.
-
-        Raises:
-            DPZeroError: moving them all changes no logit.
-        """
-        before = self.run()
-        with perturbation.at(0, 0, _PROBE_SCALE):
-            after = self.run()
-        if torch.equal(before, after):
-            raise DPZeroError(
-                "The trainable parameters do not reach the logits: is the adapter active (model.set_adapter) and on "
-                "modules that the model uses?"
-            )
-
-    def find_trunk(self, perturbation: Perturbation) -> SharedTrunk | None:
-        """The activations that directions can share, or None if there are none or sharing changes the output."""
-        trunk = SharedTrunk(self.model, self.run)
-        if not trunk.modules:
-            return None
-        with perturbation.at(0, 0, _PROBE_SCALE):
-            plain = self.run()
-        with trunk.shared():
-            self.run()
-            for _ in range(2):
-                with perturbation.at(0, 0, _PROBE_SCALE):
-                    shared = self.run()
-        if not torch.allclose(plain, shared, rtol=1e-5, atol=1e-6):
-            logger.info("Activations are not shared between directions: this model changes them in place.")
-            return None
-        return trunk
 
 
 def fingerprint(perturbation: Perturbation) -> tuple[float, ...]:

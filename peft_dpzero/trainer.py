@@ -26,7 +26,6 @@ from peft_dpzero.estimation.sampling import PoissonSampler, new_secret, seeded_s
 from peft_dpzero.estimation.trunk import SharedTrunk
 from peft_dpzero.estimation.units import Units, units_by_column
 from peft_dpzero.guards import (
-    Probe,
     check_arguments,
     check_collator,
     check_columns,
@@ -38,6 +37,8 @@ from peft_dpzero.guards import (
 )
 from peft_dpzero.mechanism.accountant import COARSE_INTERVAL, PrivacyPlan, make_plan
 from peft_dpzero.perturbation import Perturbation
+from peft_dpzero.probe import Probe
+from peft_dpzero.probe_causes import check_batch_norm
 from peft_dpzero.release.journal import JOURNAL_NAME, Journal, JournalEntry
 from peft_dpzero.release.optimizer import DPZeroOptimizer
 from peft_dpzero.release.record import plan_header, privacy_record
@@ -55,7 +56,8 @@ class DPZeroTrainerMixin(SavingMixin):
     `per_device_train_batch_size` examples go through the model at once.
 
     Args:
-        model, args: as for the Trainer.
+        model: as for the Trainer.
+        args: as for the Trainer.
         dpzero_config: the mechanism and its budget.
         per_example_loss: a `Task` (for example `Verbalizer`), or a function `(outputs, labels) → (batch,)`, which
             need not be differentiable. None takes the loss of the model's class.
@@ -187,11 +189,12 @@ class DPZeroTrainerMixin(SavingMixin):
         return Perturbation(self.model, config.direction_seed, config.direction_distribution)
 
     def _probe_model(self, perturbation: Perturbation) -> None:
+        self.model.eval()
+        check_batch_norm(self.model)
         if not Probe.suits(self.model):
             warnings.warn("The model reads no tokens: that examples are independent was not probed.", stacklevel=3)
             return
-        self.model.eval()
-        probe = Probe(self.model, self.args.device, padding_side(self.data_collator))
+        probe = Probe(self.model, self.args.device, padding_side(self.data_collator), self.task)
         probe.check_independence(perturbation)
         probe.check_reach(perturbation)
         self._trunk = probe.find_trunk(perturbation)

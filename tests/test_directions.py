@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from peft_dpzero import DPZeroError, Perturbation
 from peft_dpzero.directions import Directions, philox_words
-from peft_dpzero.guards import Probe
+from peft_dpzero.probe import Probe
 from scipy import stats
 from torch import nn
 

@@ -11,7 +11,8 @@ import torch
 from datasets import IterableDataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer, DPZeroTrainerMixin, Perturbation
-from peft_dpzero.guards import Probe, check_arguments
+from peft_dpzero.guards import check_arguments
+from peft_dpzero.probe import Probe
 from tokenizers import Tokenizer, models
 from transformers import (
     DataCollatorWithFlattening,

@@ -49,7 +49,8 @@ class LogicalBatches:
         collate: rows → micro-batch.
         micro_batch_size: rows of the longest length that go through the model at once; of shorter ones, as many as
             make as many tokens.
-        rank, world_size: this process among all.
+        rank: this process among all.
+        world_size: how many processes there are.
         units: the rows of each unit; None makes each row a unit.
         max_tokens: tokens, padding included, that go through the model at once; None derives it as above.
     """

@@ -67,6 +67,9 @@ class Task:
 class TokenTask(Task):
     """Mean cross-entropy over an example's label tokens; label −100 is no label.
 
+    Nor is one whose token, or whose predicting token, has attention_mask 0: with padding on the left, the logits at
+    the last padded position would predict an example's first token, in those batches only that pad the example.
+
     Args:
         shift: 1 if the logits at t predict the label at t + 1 (causal LM), else 0 (masked LM, tagging).
     """
@@ -77,7 +80,7 @@ class TokenTask(Task):
     def losses(self, outputs: Any, batch: Batch) -> Tensor:
         labels = labels_of(batch)  # [b, l]
         logits = outputs.logits  # [b, virtual tokens + l, v]
-        example, position = (labels[:, self.shift :] != IGNORE).nonzero(as_tuple=True)
+        example, position = self._counted(labels, batch).nonzero(as_tuple=True)
         targets = labels[example, position + self.shift]
         position = position + (logits.shape[1] - labels.shape[1])
         nll = cross_entropy_at(logits, example, position, targets)
@@ -85,9 +88,21 @@ class TokenTask(Task):
         count = torch.bincount(example, minlength=labels.shape[0]).clamp(min=1)
         return total / count
 
+    def _counted(self, labels: Tensor, batch: Batch) -> Tensor:
+        """Which of `labels[:, shift:]` count: (b, l − shift) bool."""
+        counted = labels[:, self.shift :] != IGNORE
+        mask = batch.get("attention_mask")
+        if mask is None or mask.shape != labels.shape:
+            return counted
+        attended = torch.as_tensor(mask).bool()
+        return counted & attended[:, self.shift :] & attended[:, : attended.shape[1] - self.shift]
+
 
 class Seq2SeqTask(TokenTask):
     """Mean cross-entropy over an example's target tokens, teacher-forced."""
+
+    def _counted(self, labels: Tensor, batch: Batch) -> Tensor:
+        return labels != IGNORE  # attention_mask is the source's.
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         return dict(batch) if "decoder_input_ids" not in batch else super().inputs(batch)
@@ -149,8 +164,8 @@ class Verbalizer(Task):
         causal: causal LM (True) or masked LM (False).
 
     Raises:
-        DPZeroError: fewer than two words, a word without tokens, two words with the same tokens, or a masked LM
-            without a mask token.
+        DPZeroError: fewer than two words, a word without tokens or with an unknown one, two words with the same
+            tokens, or a masked LM without a mask token.
     """
 
     def __init__(self, tokenizer: Any, words: Sequence[str], *, causal: bool) -> None:
@@ -159,6 +174,9 @@ class Verbalizer(Task):
             raise DPZeroError("Verbalizer needs a label word for each of at least two classes.")
         if empty := [word for word, ids in zip(words, tokens, strict=True) if not ids]:
             raise DPZeroError(f"Label word {empty[0]!r} has no tokens.")
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        if unread := [word for word, ids in zip(words, tokens, strict=True) if unknown in ids]:
+            raise DPZeroError(f"Label word {unread[0]!r} is not in the tokenizer's vocabulary: choose another.")
         if len({tuple(ids) for ids in tokens}) < len(tokens):
             raise DPZeroError(f"Two of the label words {list(words)} have the same tokens: choose others.")
         if not causal and tokenizer.mask_token_id is None:

@@ -212,7 +212,13 @@ def test_causal_verbalizer_reads_what_follows_the_prompt(words: list[str], side:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [(["good"], "two classes"), (["good", ""], "no tokens"), (["good", "good"], "same tokens")]
+    ("words", "message"),
+    [
+        (["good"], "two classes"),
+        (["good", ""], "no tokens"),
+        (["good", "good"], "same tokens"),
+        (["good", "awful"], "vocabulary"),
+    ],
 )
 def test_label_words_must_differ(words: list[str], message: str, tokenizer: Any) -> None:
     with pytest.raises(DPZeroError, match=message):
@@ -266,3 +272,16 @@ def test_seq2seq_losses_are_teacher_forced() -> None:
             shifted = torch.cat([torch.zeros(1, dtype=torch.long), labels[i, :-1]])
             p = log_p(model(input_ids=ids[i : i + 1], decoder_input_ids=shifted[None]).logits[0])
             assert float(got[i]) == pytest.approx(-float(p[range(4), labels[i]].mean()), abs=1e-4)
+
+
+def test_padding_on_the_left_adds_no_label() -> None:
+    model = tiny_model("causal_lm")
+    ids = torch.tensor(token_rows(1, 6))
+    alone = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    wide = {
+        "input_ids": torch.nn.functional.pad(ids, (4, 0), value=0),
+        "attention_mask": torch.nn.functional.pad(torch.ones_like(ids), (4, 0)),
+        "labels": torch.nn.functional.pad(ids, (4, 0), value=-100),
+    }
+    losses = Losses(model, TokenTask(shift=1), dict)
+    torch.testing.assert_close(losses(wide), losses(alone), rtol=1e-5, atol=0)

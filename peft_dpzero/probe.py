@@ -1,0 +1,185 @@
+"""The start-up probe: the model and the loss on made-up tokens, before any data is read."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_dpzero.errors import DPZeroError
+from peft_dpzero.estimation.losses import ClassificationTask, Seq2SeqTask, Task, TokenTask, Verbalizer
+from peft_dpzero.estimation.trunk import SharedTrunk
+from peft_dpzero.perturbation import Perturbation
+from peft_dpzero.probe_causes import Dependence, dependence_error, first_difference, watched
+from peft_dpzero.probe_data import Arrangement, MadeUpData
+
+logger = logging.getLogger(__name__)
+
+# How far the probe moves the parameters: enough to show in float32 logits whatever the adapter.
+_PROBE_SCALE = 0.1
+# Copies of one row meet the same experts, so that a small batch shows what a capacity drops.
+_CROWD = 16
+_OUR_TASKS = (TokenTask, Seq2SeqTask, ClassificationTask, Verbalizer)
+
+
+class Probe:
+    """Runs a text model on made-up tokens.
+
+    Args:
+        model: takes `input_ids` and `attention_mask`, returns `.logits`.
+        device: where the inputs go.
+        padding_side: where the data's padding goes, "right" or "left".
+        task: the run's losses; None compares logits alone.
+    """
+
+    def __init__(self, model: Any, device: torch.device, padding_side: str = "right", task: Task | None = None) -> None:
+        self.model = model
+        self.task = task or Task()
+        self.data = MadeUpData(model, device, padding_side, task)
+        weights = [p.dtype for p in model.parameters() if p.is_floating_point()]
+        self._precise = all(dtype in (torch.float32, torch.float64) for dtype in weights)
+        self._tolerance = 3e-4 if self._precise else 0.1
+
+    @staticmethod
+    def suits(model: nn.Module) -> bool:
+        """Whether the model reads tokens, so that a probe can be made up."""
+        return hasattr(model, "config") and getattr(model, "main_input_name", "input_ids") == "input_ids"
+
+    @torch.no_grad()
+    def run(self) -> Tensor:
+        """Logits of the whole probe: (b, …)."""
+        return torch.as_tensor(self.model(**Task().inputs(self.data.batch(self.data.together(0)))).logits)
+
+    def check_independence(self, perturbation: Perturbation) -> None:
+        """Refuses models and losses in which an example's loss depends on its batch-mates, at θ or near it.
+
+        Raises:
+            DPZeroError: it does; names the cause and the first module whose output shows it.
+        """
+        # Parameters that start at zero, as LoRA's B, would hide what they multiply.
+        for scale in (0.0, _PROBE_SCALE):
+            with perturbation.at(0, 0, scale):
+                for index, row in enumerate(self.data.rows):
+                    alone = Arrangement([row], 0, len(row))
+                    for company in self._companies(index):
+                        if any(self._differences(alone, company)):
+                            raise dependence_error(self._diagnose(alone, company))
+
+    def check_reach(self, perturbation: Perturbation) -> None:
+        """Refuses trainable parameters that do not influence the output.
+
+        Raises:
+            DPZeroError: moving them all changes no logit.
+        """
+        before = self.run()
+        with perturbation.at(0, 0, _PROBE_SCALE):
+            after = self.run()
+        if torch.equal(before, after):
+            raise DPZeroError(
+                "The trainable parameters do not reach the logits: is the adapter active (model.set_adapter) and on "
+                "modules that the model uses?"
+            )
+
+    def find_trunk(self, perturbation: Perturbation) -> SharedTrunk | None:
+        """The activations that directions can share, or None if there are none or sharing changes the output."""
+        trunk = SharedTrunk(self.model, self.run)
+        if not trunk.modules:
+            return None
+        with perturbation.at(0, 0, _PROBE_SCALE):
+            plain = self.run()
+        with trunk.shared():
+            self.run()
+            for _ in range(2):
+                with perturbation.at(0, 0, _PROBE_SCALE):
+                    shared = self.run()
+        if not torch.allclose(plain, shared, rtol=1e-5, atol=1e-6):
+            logger.info("Activations are not shared between directions: this model changes them in place.")
+            return None
+        return trunk
+
+    def _companies(self, index: int) -> list[Arrangement]:
+        """The batches in which row `index` must keep its loss: among others, in another order, among copies."""
+        rows, row, together = self.data.rows, self.data.rows[index], self.data.together(index)
+        backwards = Arrangement(rows[::-1], len(rows) - 1 - index, together.width)
+        return [together, backwards, Arrangement([row] * _CROWD, _CROWD - 1, len(row))]
+
+    @torch.no_grad()
+    def _read(self, arranged: Arrangement) -> tuple[Tensor | None, Tensor | None]:
+        """The tested row's logits at its own tokens and its loss, in float64; None for what cannot be told."""
+        batch = self.data.batch(arranged)
+        outputs = self.model(**self._inputs(batch))
+        logits = torch.as_tensor(outputs.logits)
+        row = None
+        if len(logits) == len(arranged.rows):
+            row = logits[arranged.index].double()
+            if row.ndim == 2 and not self.data.encoder_decoder:
+                row = self.data.own_tokens(row, arranged)
+        return row, self._loss(outputs, batch, arranged)
+
+    def _inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        try:
+            return self.task.inputs(batch)
+        except Exception:  # A user's task may want columns that nobody can make up.
+            if type(self.task) in _OUR_TASKS:
+                raise
+            return Task().inputs(batch)
+
+    def _loss(self, outputs: Any, batch: dict[str, Tensor], arranged: Arrangement) -> Tensor | None:
+        ours = type(self.task) in _OUR_TASKS
+        # In half precision rounding alone can turn a user's yes into a no.
+        if "labels" not in batch or not (ours or self._precise):
+            return None
+        try:
+            losses = self.task.losses(outputs, batch)
+        except Exception:
+            if ours:
+                raise
+            logger.info("per_example_loss does not take made-up labels: that it keeps examples apart is not probed.")
+            return None
+        return losses[arranged.index].double() if losses.shape == (len(arranged.rows),) else None
+
+    def _differences(self, one: Arrangement, other: Arrangement) -> tuple[bool, bool]:
+        """Whether the tested row's logits differ between the two batches, and whether its loss does."""
+        (logits, loss), (other_logits, other_loss) = self._read(one), self._read(other)
+        scale = 0.0 if logits is None else float(logits.abs().max())
+        by_logits = _apart(logits, other_logits, self._tolerance * scale)
+        by_loss = _apart(loss, other_loss, self._tolerance * max(scale, 0.0 if loss is None else float(loss.abs())))
+        return by_logits, by_loss
+
+    def _diagnose(self, alone: Arrangement, company: Arrangement) -> Dependence:
+        """Narrows the difference between two batches down to one circumstance and the first module that shows it."""
+        padded = replace(alone, width=company.width)
+        refilled = replace(padded, filler=self.data.other_token)
+        strangers = [row if i == company.index else row.flip(0) for i, row in enumerate(company.rows)]
+        circumstances = (
+            ("chance", company, company),
+            ("masked tokens", padded, refilled),
+            ("padding", alone, padded),
+            ("neighbours", company, replace(company, rows=strangers)),
+            ("place", padded, company),
+        )
+        for circumstance, one, other in circumstances:
+            by_logits, by_loss = self._differences(one, other)
+            if by_logits or by_loss:
+                return Dependence(circumstance, *self._locate(one, other), only_in_loss=not by_logits)
+        return Dependence("place", *self._locate(alone, company))
+
+    def _locate(self, one: Arrangement, other: Arrangement) -> tuple[str, nn.Module | None]:
+        first, second = self._states(one), self._states(other)
+        name = first_difference(first, second, self._tolerance)
+        return ("", None) if name is None else (name, self.model.get_submodule(name))
+
+    def _states(self, arranged: Arrangement) -> dict[tuple[str, int], Tensor | None]:
+        """What belongs to the tested row in the output of each module call."""
+        with watched(self.model) as seen:
+            self._read(arranged)
+        return {call: self.data.own_part(output, arranged) for call, output in seen.items()}
+
+
+def _apart(one: Tensor | None, other: Tensor | None, tolerance: float) -> bool:
+    if one is None or other is None:
+        return False
+    return not torch.allclose(one, other, rtol=0, atol=tolerance, equal_nan=True)

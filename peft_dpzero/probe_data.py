@@ -1,0 +1,135 @@
+"""Made-up batches for the start-up probe: tokens, masks and labels that suit a model and its task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_dpzero.errors import DPZeroError
+from peft_dpzero.estimation.losses import IGNORE, ClassificationTask, Task, TokenTask, Verbalizer, infer_task
+
+_LENGTHS = (5, 9, 7)
+_TARGET_LENGTH = 3
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """A batch that holds the row under test.
+
+    Args:
+        rows: token ids, each (l,).
+        index: the tested row's place.
+        width: columns after padding, at least the longest row's.
+        filler: the token in padded columns, under a mask of 0; None is the padding token.
+    """
+
+    rows: Sequence[Tensor]
+    index: int
+    width: int
+    filler: int | None = None
+
+
+class MadeUpData:
+    """Rows of made-up tokens, and the batches that hold them.
+
+    Args:
+        model: whose vocabulary and classes they suit.
+        device: where they lie.
+        padding_side: "right" or "left".
+        task: whose labels they carry; None carries none.
+    """
+
+    def __init__(self, model: Any, device: torch.device, padding_side: str, task: Task | None) -> None:
+        config = model.config
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.padding_side = padding_side
+        self.encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+        self.pad = int(getattr(text, "pad_token_id", None) or 0)
+        self._labelled = _labelled_task(task, model)
+        self._classes = _classes(self._labelled, model, text)
+        generator = torch.Generator().manual_seed(0)
+        draw = torch.randint(0, text.vocab_size - 1, (sum(_LENGTHS),), generator=generator)
+        ids = draw + (draw >= self.pad).long()
+        slots = ids.new_tensor(_mask_tokens(task))
+        self.rows = [torch.cat([row, slots]).to(device) for row in torch.split(ids, list(_LENGTHS))]
+        self.other_token = int(ids[0])
+
+    def together(self, index: int) -> Arrangement:
+        """All rows, `index` under test."""
+        return Arrangement(self.rows, index, max(map(len, self.rows)))
+
+    def batch(self, arranged: Arrangement) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask` (b, width), `labels` and what else the model and the task take."""
+        filler = self.pad if arranged.filler is None else arranged.filler
+        batch = {
+            "input_ids": self._padded(arranged.rows, arranged.width, filler),
+            "attention_mask": self._padded([torch.ones_like(row) for row in arranged.rows], arranged.width, 0),
+        }
+        if self.encoder_decoder:
+            batch["decoder_input_ids"] = torch.stack([row[:_TARGET_LENGTH] for row in arranged.rows])
+        if self._labelled is not None:
+            batch["labels"] = self._labels(self._labelled, arranged)
+        return batch
+
+    def own_tokens(self, states: Tensor, arranged: Arrangement) -> Tensor:
+        """`states` (virtual tokens + width, …) at the tested row's own tokens."""
+        length = len(arranged.rows[arranged.index])
+        return states[: len(states) - arranged.width + length] if self.padding_side == "right" else states[-length:]
+
+    def own_part(self, output: Tensor, arranged: Arrangement) -> Tensor | None:
+        """What belongs to the tested row in a module's output, or None if that cannot be told."""
+        count = len(arranged.rows)
+        if output.ndim == 0 or output.shape[0] % count:
+            return output[0] if output.ndim and output.shape[0] == 1 else None
+        row = output if output.shape[0] == count else output.view(count, -1, *output.shape[1:])
+        row = row[arranged.index]
+        return self.own_tokens(row, arranged) if row.ndim >= 2 and len(row) >= arranged.width else row
+
+    def _padded(self, rows: Sequence[Tensor], width: int, value: int) -> Tensor:
+        right = self.padding_side == "right"
+        return torch.stack(
+            [nn.functional.pad(r, (0, width - len(r)) if right else (width - len(r), 0), value=value) for r in rows]
+        )
+
+    def _labels(self, task: Task, arranged: Arrangement) -> Tensor:
+        """Each row's own labels, wherever it stands."""
+        rows, classes = arranged.rows, self._classes
+        if isinstance(task, TokenTask):
+            if self.encoder_decoder:
+                return torch.stack([row[:_TARGET_LENGTH] % classes for row in rows])
+            return self._padded([row % classes for row in rows], arranged.width, IGNORE)
+        labels = torch.stack([row[0] % classes for row in rows])
+        problem = getattr(task, "problem_type", None) or ("regression" if classes == 1 else None)
+        if problem in ("regression", "multi_label_classification"):
+            return nn.functional.one_hot(labels, classes).float()
+        return labels
+
+
+def _labelled_task(task: Task | None, model: Any) -> Task | None:
+    """The task whose labels can be made up: `task`, or for a user's own the one that the model's class was made for."""
+    if task is None or isinstance(task, (TokenTask, ClassificationTask, Verbalizer)):
+        return task
+    try:
+        return infer_task(model)
+    except DPZeroError:
+        return None
+
+
+def _classes(task: Task | None, model: Any, text_config: Any) -> int:
+    if isinstance(task, Verbalizer):
+        return len(task.tokens)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if isinstance(task, ClassificationTask) or type(base).__name__.endswith("ForTokenClassification"):
+        return int(model.config.num_labels)
+    return int(text_config.vocab_size)
+
+
+def _mask_tokens(task: Task | None) -> list[int]:
+    """The mask tokens that a verbalizer's prompt must hold."""
+    if not isinstance(task, Verbalizer) or task.causal:
+        return []
+    return [int(task.mask_token_id)] * task.longest
