@@ -6,13 +6,13 @@ restore is exact bit for bit, also after an exception or Ctrl-C, and no arithmet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from peft_dpzero.directions import Directions
+from peft_dpzero.directions import Action, Directions
 from peft_dpzero.errors import DPZeroError
 
 # Directions of a step are kept while they are together below this many entries (16 MiB of float32).
@@ -22,8 +22,12 @@ KEPT_ENTRIES = 1 << 22
 class Perturbation:
     """The perturbed parameters θ of a model: those with `requires_grad`, each storage once.
 
-    Arithmetic is in float32 (float64 for float64 parameters). A half-precision parameter is perturbed from its
-    float32 value and rounded once; its float32 master copy is the optimizer's affair.
+    Arithmetic is in float32 (float64 if a parameter is float64), each product and each sum rounded on its own, so
+    that results do not depend on threads, nor on whether a direction was kept or made again. A half-precision
+    parameter is perturbed from its float32 value and rounded once; its float32 master copy is the optimizer's affair.
+
+    Directions of at most `KEPT_ENTRIES` entries are kept during a step, as many as fit. Larger ones are made anew,
+    piece by piece, whenever they are used, and never exist as a whole.
 
     Args:
         model: the model; its trainable parameters are θ.
@@ -47,43 +51,94 @@ class Perturbation:
             if parameter.is_meta:
                 raise DPZeroError(f"Parameter {name} is offloaded (meta device): keep what is trained in memory.")
         self.directions = Directions(self.parameters.items(), seed, distribution)
+        self._wide = torch.float32
+        for parameter in self.parameters.values():
+            self._wide = torch.promote_types(self._wide, parameter.dtype)
         self._kept_step = -1
-        self._kept_entries = 0
-        self._kept: dict[tuple[int, str], Tensor] = {}
+        self._kept: dict[tuple[int, torch.device], Tensor] = {}
 
     def z(self, step: int, direction: int, name: str) -> Tensor:
         """z of one parameter, on the parameter's device: float32, the parameter's shape."""
-        if step != self._kept_step:
-            self._kept.clear()
-            self._kept_step, self._kept_entries = step, 0
-        key = (direction, name)
-        if key in self._kept:
-            return self._kept[key]
-        z = self.directions.entry(step, direction, name).to(self.parameters[name].device)
-        if self._kept_entries + z.numel() <= KEPT_ENTRIES:
-            self._kept[key] = z
-            self._kept_entries += z.numel()
-        return z
+        parameter = self.parameters[name]
+        if self._keeps:
+            vector = self._vector(step, direction, parameter.device)
+            return self.directions.view(vector, name).view(parameter.shape)
+        return self.directions.entry(step, direction, name).to(parameter.device)
 
     @contextmanager
     def at(self, step: int, direction: int, scale: float) -> Iterator[None]:
         """Within the block the model is at θ + scale·z; afterwards it is at θ, bit for bit."""
-        with self._replaced(lambda name: self.z(step, direction, name).mul(scale)):
-            yield
-
-    @contextmanager
-    def _replaced(self, shift: Callable[[str], Tensor]) -> Iterator[None]:
         originals = {name: parameter.data for name, parameter in self.parameters.items()}
         try:
-            for name, parameter in self.parameters.items():
-                parameter.data = shifted(originals[name], shift(name))
+            self._move(originals, step, direction, scale)
             yield
         finally:
             for name, parameter in self.parameters.items():
                 parameter.data = originals[name]
 
+    def visit(self, step: int, coefficients: Mapping[int, float], action: Action) -> None:
+        """Calls `action(name, part, Σ_k c_k z_k)` for pieces of the flattened parameters until all were seen.
 
-def shifted(value: Tensor, shift: Tensor) -> Tensor:
-    """value + shift in at least float32, in `value`'s dtype."""
-    wide = torch.promote_types(value.dtype, torch.float32)
-    return value.to(wide).add(shift.to(wide)).to(value.dtype)
+        The sums are one-dimensional, on the parameter's device, and may be changed but not kept. Several threads may
+        call `action` at once, for disjoint pieces, without autograd.
+        """
+        if self._keeps:
+            for device in {parameter.device for parameter in self.parameters.values()}:
+                total = self._sum(coefficients, (self._vector(step, k, device) for k in coefficients))
+                for name in self._on(device):
+                    action(name, slice(0, self.parameters[name].numel()), self.directions.view(total, name))
+            return
+        on_cpu = self._on(torch.device("cpu"))
+        self.directions.visit(step, coefficients, action, on_cpu, self._wide)
+        for name in self.parameters.keys() - on_cpu:
+            total = self._sum(coefficients, (self.z(step, k, name).flatten() for k in coefficients))
+            action(name, slice(0, total.numel()), total)
+
+    @property
+    def _keeps(self) -> bool:
+        return self.directions.num_entries <= KEPT_ENTRIES
+
+    def _on(self, device: torch.device) -> list[str]:
+        return [name for name, parameter in self.parameters.items() if parameter.device == device]
+
+    def _vector(self, step: int, direction: int, device: torch.device) -> Tensor:
+        if step != self._kept_step:
+            self._kept.clear()
+            self._kept_step = step
+        key = (direction, device)
+        if key not in self._kept:
+            vector = self.directions.vector(step, direction).to(device)
+            if self._kept and (len(self._kept) + 1) * vector.numel() > KEPT_ENTRIES:
+                # The newest makes room, so that the first ones last and both sides of a direction share one.
+                self._kept.popitem()
+            self._kept[key] = vector
+        return self._kept[key]
+
+    def _sum(self, coefficients: Mapping[int, float], directions: Iterable[Tensor]) -> Tensor:
+        terms = (z.to(self._wide).mul(c) for c, z in zip(coefficients.values(), directions, strict=True))
+        total = next(terms)
+        for term in terms:
+            total.add_(term)
+        return total
+
+    def _move(self, originals: Mapping[str, Tensor], step: int, direction: int, scale: float) -> None:
+        copies = {
+            name: torch.empty(value.shape, dtype=value.dtype, device=value.device) for name, value in originals.items()
+        }
+        values = {name: value.reshape(-1) for name, value in originals.items()}
+        flat = {name: copy.view(-1) for name, copy in copies.items()}
+
+        def move(name: str, part: slice, shift: Tensor) -> None:
+            add_shift(values[name][part], shift, out=flat[name][part])
+
+        self.visit(step, {direction: scale}, move)
+        for name, parameter in self.parameters.items():
+            parameter.data = copies[name]
+
+
+def add_shift(value: Tensor, shift: Tensor, out: Tensor) -> None:
+    """out ← value + shift, added in the wider of the two dtypes; `out` may be `value`."""
+    if value.dtype == shift.dtype:
+        torch.add(value, shift, out=out)
+    else:
+        out.copy_(shift.add_(value))
