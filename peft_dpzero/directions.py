@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
@@ -22,7 +22,7 @@ from peft_dpzero.philox import Stream, entries_per_block
 
 # A piece and its buffers stay near a core, and torch runs operations on so few entries on the calling thread.
 PIECE_ENTRIES = 1 << 15
-# What one thread takes at once.
+# What one thread takes at once: at most this much, and at least a quarter of it.
 _CHUNK_ENTRIES = 1 << 19
 
 Action = Callable[[str, slice, Tensor], None]
@@ -72,16 +72,16 @@ class Directions:
         return out.mul_(self._length_scale(step, direction))
 
     def view(self, vector: Tensor, name: str) -> Tensor:
-        """One parameter's entries in a `vector`: (n,)."""
-        start = self._first_block[name] * self._per_block
-        return vector[start : start + self._shape[name].numel()]
+        """One parameter's entries in a `vector`, in the parameter's shape."""
+        start, shape = self._first_block[name] * self._per_block, self._shape[name]
+        return vector[start : start + shape.numel()].view(shape)
 
     def visit(
         self,
         step: int,
         coefficients: Mapping[int, float],
         action: Action,
-        names: Iterable[str] | None = None,
+        names: Collection[str] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """Calls `action(name, part, Σ_k c_k z_k)` for pieces of the flattened parameters until all were seen.
@@ -104,7 +104,7 @@ class Directions:
         coefficients: Mapping[int, float],
         scales: Mapping[int, float],
         action: Action,
-        names: Iterable[str],
+        names: Collection[str],
         dtype: torch.dtype,
     ) -> None:
         wide = np.dtype(np.float64 if dtype == torch.float64 else np.float32)
@@ -130,7 +130,9 @@ class Directions:
 
         _in_parallel(work, self._chunks(names))
 
-    def _chunks(self, names: Iterable[str]) -> Iterator[list[Piece]]:
+    def _chunks(self, names: Collection[str]) -> Iterator[list[Piece]]:
+        share = sum(self._shape[name].numel() for name in names) // torch.get_num_threads()
+        enough = min(max(share, _CHUNK_ENTRIES // 4), _CHUNK_ENTRIES)
         chunk: list[Piece] = []
         entries = 0
         for name in names:
@@ -139,7 +141,7 @@ class Directions:
                 part = slice(start, min(start + PIECE_ENTRIES, numel))
                 chunk.append((name, part, self._first_block[name] + start // self._per_block))
                 entries += part.stop - start
-                if entries >= _CHUNK_ENTRIES:
+                if entries >= enough:
                     yield chunk
                     chunk, entries = [], 0
         if chunk:
