@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
+from itertools import accumulate
 
 import pytest
 import torch
@@ -223,45 +221,31 @@ def test_tied_and_repeated_modules_are_streamed_at_each_call() -> None:
         assert torch.equal(plain, other)
 
 
-MEMORY = """
-import sys, torch
-from pathlib import Path
-from torch import nn
-from peft_dpzero import DPZeroOptimizer, Perturbation, Released, perturbation
-
-def resident(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
-
-def peak(work):
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
-    work()
-    return resident("VmHWM") - before
-
-perturbation.STREAMED_ENTRIES = 0
-model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(24)))
-x = torch.ones(1, 1024)
-run = lambda: model(x)
-plain = Perturbation(model)
-streamed = Perturbation(model, streamed=plain.find_streamed(run))
-optimizer = DPZeroOptimizer(model.parameters())
-
-def step(perturbation):
-    with torch.no_grad(), perturbation.at(0, 0, 1e-3):
-        run()
-    optimizer.load(Released(0, (1, 2), (1.0, 2.0)), perturbation)
-    optimizer.step()
-
-step(streamed)
-print(peak(lambda: step(streamed)), peak(lambda: step(plain)))
-"""
+def peak_bytes(work: Callable[[], None]) -> int:
+    """How much more torch had allocated on the CPU at the worst moment of `work` than before it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    results = profile.profiler.kineto_results.events()
+    sizes = [event.nbytes() for event in sorted(results, key=lambda e: e.start_ns()) if event.name() == "[memory]"]
+    return max(accumulate(sizes))
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system tells no peak of resident memory")
+@pytest.mark.usefixtures("streaming")
 def test_a_streamed_step_needs_one_modules_memory() -> None:
-    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=120, check=True)
-    streamed, plain = map(float, done.stdout.split())
-    # The model has 96 MiB, a module 4 MiB.
-    assert plain > 80
-    assert streamed < 24
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(20)))
+    module, whole = (4 * sum(p.numel() for p in part.parameters()) for part in (model[0], model))
+    optimizer = DPZeroOptimizer(model.parameters())
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        return torch.as_tensor(model(torch.ones(1, 256)))
+
+    def step(perturbation: Perturbation) -> None:
+        with perturbation.at(0, 0, 1e-3):
+            run()
+        optimizer.load(Released(0, (1, 2), (1.0, 2.0)), perturbation)
+        optimizer.step()
+
+    streamed = Perturbation(model).find_streamed(run)
+    assert whole <= peak_bytes(lambda: step(Perturbation(model))) < whole + module
+    assert module <= peak_bytes(lambda: step(Perturbation(model, streamed=streamed))) < 1.5 * module
