@@ -1,50 +1,32 @@
 """Public random directions, a pure function of (seed, step, k, parameter, position).
 
-The words come from Philox4x64-10 (Salmon et al., SC 2011), in NumPy's implementation, whose raw stream is
-fixed by the Random123 test vectors. Two 32-bit halves of a word make two Gaussians by Box-Muller in float64,
-rounded to float32, so that another machine's `log` and `cos` hardly ever change an entry.
-
-Layout: the parameters lie one after another in one long vector, each starting at a fresh Philox block. A block
-is 4 words of 64 bits, that is 8 entries.
+Layout: the parameters lie one after another in one long vector, each starting at a fresh Philox block of 256 bits,
+which makes 16 Gaussian entries or 256 signs (`philox.py`). Entries are made and used piece by piece, on as many
+threads as torch uses, and no result depends on how the vector was cut.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-ENTRIES_PER_BLOCK = 8
-_CHUNK_BLOCKS = 1 << 15
+from peft_dpzero.philox import Stream, entries_per_block
 
+# A piece and its buffers stay near a core, and torch runs operations on so few entries on the calling thread.
+PIECE_ENTRIES = 1 << 15
+# What one thread takes at once: at most this much, and at least a quarter of it.
+_CHUNK_ENTRIES = 1 << 19
 
-def philox_words(seed: int, step: int, direction: int, first_block: int, num_blocks: int) -> np.ndarray:
-    """Philox4x64-10 output for counters (block, direction, step, 0) under the key (seed, 0).
-
-    Returns: uint64 array of `4 * num_blocks` words.
-    """
-    counter = first_block | direction << 64 | step << 128
-    # NumPy increments the counter before its first block.
-    start = (counter - 1) % (1 << 256)
-    generator = np.random.Philox(counter=start, key=seed)
-    return np.asarray(generator.random_raw(4 * num_blocks), dtype=np.uint64)
-
-
-def gaussian_entries(words: np.ndarray) -> Tensor:
-    """Box-Muller on the two 32-bit halves of each word: float32 tensor, two standard normals a word."""
-    halves = torch.from_numpy(words.view(np.uint32).astype(np.float64)).view(-1, 2)
-    radius = torch.log((halves[:, 0] + 0.5) * 2.0**-32).mul_(-2.0).sqrt_()
-    angle = halves[:, 1] * (2.0 * math.pi * 2.0**-32)
-    return torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=1).flatten().float()
-
-
-def rademacher_entries(words: np.ndarray) -> Tensor:
-    """The lowest bit of each 32-bit half as a sign: float32 tensor of ±1, two a word."""
-    signs = (words.view(np.uint32) & np.uint32(1)).astype(np.float32)
-    return torch.from_numpy(signs).mul_(2.0).sub_(1.0)
+Action = Callable[[str, slice, Tensor], None]
+Piece = tuple[str, slice, int]
 
 
 class Directions:
@@ -53,50 +35,167 @@ class Directions:
     Args:
         parameters: (name, parameter) pairs; their order and shapes fix the layout.
         seed: the public direction seed, 0 <= seed < 2**63.
-        distribution: "gaussian" (entries N(0, 1)), "rademacher" (entries ±1) or "sphere" (uniform on the
-            sphere of radius √d, d the number of entries).
+        distribution: "gaussian" (entries N(0, 1) on 2¹⁶ values, see `philox.gaussian_table`), "rademacher" (entries
+            ±1) or "sphere" (the Gaussian direction scaled to length √d, d the number of entries).
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], seed: int, distribution: str) -> None:
         self.seed = seed
         self.distribution = distribution
+        self._signs = distribution == "rademacher"
+        self._per_block = entries_per_block(self._signs)
         self._first_block: dict[str, int] = {}
         self._shape: dict[str, torch.Size] = {}
-        blocks = 0
+        self._blocks = 0
         for name, parameter in parameters:
-            self._first_block[name] = blocks
+            self._first_block[name] = self._blocks
             self._shape[name] = parameter.shape
-            blocks += -(-parameter.numel() // ENTRIES_PER_BLOCK)
+            self._blocks += -(-parameter.numel() // self._per_block)
         self.num_entries = sum(shape.numel() for shape in self._shape.values())
         self._scale_key: tuple[int, int] | None = None
         self._scale = 1.0
 
     def entry(self, step: int, direction: int, name: str) -> Tensor:
         """z of one parameter: float32 CPU tensor of the parameter's shape."""
-        z = self._raw(step, direction, name)
-        if self.distribution == "sphere":
-            z *= self._sphere_scale(step, direction)
-        return z
+        out = torch.empty(self._shape[name].numel())
 
-    def _raw(self, step: int, direction: int, name: str) -> Tensor:
-        shape = self._shape[name]
-        out = torch.empty(shape.numel())
-        for start, values in self._chunks(step, direction, name):
-            stop = min(start + values.numel(), out.numel())
-            out[start:stop] = values[: stop - start]
-        return out.view(shape)
+        def keep(_: str, part: slice, z: Tensor) -> None:
+            out[part] = z
 
-    def _chunks(self, step: int, direction: int, name: str) -> Iterator[tuple[int, Tensor]]:
-        entries = rademacher_entries if self.distribution == "rademacher" else gaussian_entries
-        blocks = -(-self._shape[name].numel() // ENTRIES_PER_BLOCK)
-        for first in range(0, blocks, _CHUNK_BLOCKS):
-            count = min(_CHUNK_BLOCKS, blocks - first)
-            words = philox_words(self.seed, step, direction, self._first_block[name] + first, count)
-            yield first * ENTRIES_PER_BLOCK, entries(words)
+        self.visit(step, {direction: 1.0}, keep, (name,))
+        return out.view(self._shape[name])
 
-    def _sphere_scale(self, step: int, direction: int) -> float:
+    def vector(self, step: int, direction: int) -> Tensor:
+        """z of all parameters as one float32 CPU vector, each parameter padded to whole blocks; read with `view`."""
+        out = torch.empty(self._blocks * self._per_block)
+        self._stream(step, direction).fill(0, out.numpy())
+        return out.mul_(self._length_scale(step, direction))
+
+    def view(self, vector: Tensor, name: str) -> Tensor:
+        """One parameter's entries in a `vector`, in the parameter's shape."""
+        start, shape = self._first_block[name] * self._per_block, self._shape[name]
+        return vector[start : start + shape.numel()].view(shape)
+
+    def visit(
+        self,
+        step: int,
+        coefficients: Mapping[int, float],
+        action: Action,
+        names: Collection[str] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Calls `action(name, part, Σ_k c_k z_k)` for pieces of the flattened parameters until all were seen.
+
+        Terms are multiplied, rounded, then added in the order of `coefficients`. The sum is a CPU tensor that the
+        action may change but not keep.
+
+        Args:
+            coefficients: c_k by direction.
+            action: called on several threads at once, for disjoint pieces, without autograd.
+            names: the parameters to visit; None for all.
+            dtype: of the sum, float32 or float64.
+        """
+        scales = {k: self._length_scale(step, k) for k in coefficients}
+        self._visit(step, coefficients, scales, action, self._shape if names is None else names, dtype)
+
+    def _visit(
+        self,
+        step: int,
+        coefficients: Mapping[int, float],
+        scales: Mapping[int, float],
+        action: Action,
+        names: Collection[str],
+        dtype: torch.dtype,
+    ) -> None:
+        wide = np.dtype(np.float64 if dtype == torch.float64 else np.float32)
+
+        def work(pieces: list[Piece]) -> None:
+            streams = [(self._stream(step, k), scales[k], c) for k, c in coefficients.items()]
+            buffers = np.empty((2, PIECE_ENTRIES), dtype=np.float32)
+            for name, part, block in pieces:
+                # The first term takes the first buffer and becomes the sum; the others follow through the second.
+                total: Any = None
+                for stream, scale, coefficient in streams:
+                    z: Any = buffers[0 if total is None else 1, : part.stop - part.start]
+                    stream.fill(block, z)
+                    if scale != 1.0:
+                        z *= np.float32(scale)
+                    z = z.astype(wide, copy=False)
+                    z *= wide.type(coefficient)
+                    if total is None:
+                        total = z
+                    else:
+                        total += z
+                action(name, part, torch.from_numpy(total))
+
+        _in_parallel(work, self._chunks(names))
+
+    def _chunks(self, names: Collection[str]) -> Iterator[list[Piece]]:
+        share = sum(self._shape[name].numel() for name in names) // torch.get_num_threads()
+        enough = min(max(share, _CHUNK_ENTRIES // 4), _CHUNK_ENTRIES)
+        chunk: list[Piece] = []
+        entries = 0
+        for name in names:
+            numel = self._shape[name].numel()
+            for start in range(0, numel, PIECE_ENTRIES):
+                part = slice(start, min(start + PIECE_ENTRIES, numel))
+                chunk.append((name, part, self._first_block[name] + start // self._per_block))
+                entries += part.stop - start
+                if entries >= enough:
+                    yield chunk
+                    chunk, entries = [], 0
+        if chunk:
+            yield chunk
+
+    def _stream(self, step: int, direction: int) -> Stream:
+        return Stream(self.seed, step, direction, self._signs)
+
+    def _length_scale(self, step: int, direction: int) -> float:
+        """What brings the raw direction to the sphere; 1 for the other distributions."""
+        if self.distribution != "sphere":
+            return 1.0
         if self._scale_key != (step, direction):
-            square = sum(float(self._raw(step, direction, n).double().square().sum()) for n in self._shape)
+            squares: list[int] = []
+
+            # Squares rounded to multiples of 2⁻²⁰ add up exactly, in any order.
+            def add(_: str, __: slice, z: Tensor) -> None:
+                squares.append(int(z.square_().mul_(2.0**20).round_().sum()))
+
+            self._visit(step, {direction: 1.0}, {direction: 1.0}, add, self._shape, torch.float64)
             self._scale_key = (step, direction)
-            self._scale = math.sqrt(self.num_entries / square)
+            self._scale = math.sqrt(self.num_entries / (sum(squares) * 2.0**-20))
         return self._scale
+
+
+def _in_parallel(work: Callable[[list[Piece]], None], chunks: Iterator[list[Piece]]) -> None:
+    """Runs `work` on each chunk, on torch's number of threads; returns or raises when no thread is at work any more."""
+    first = next(chunks, None)
+    second = next(chunks, None)
+    inference = torch.is_inference_mode_enabled()
+
+    @torch.no_grad()
+    def run(chunk: list[Piece]) -> None:
+        with torch.inference_mode(inference):
+            work(chunk)
+
+    if first is None:
+        return
+    if second is None or torch.get_num_threads() == 1:
+        for chunk in (first, *([second] if second else []), *chunks):
+            run(chunk)
+        return
+    pool = _pool(os.getpid(), torch.get_num_threads())
+    futures = [pool.submit(run, chunk) for chunk in (first, second, *chunks)]
+    try:
+        for future in futures:
+            future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)
+
+
+@functools.cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """One pool a process: after a fork the parent's threads are gone."""
+    return ThreadPoolExecutor(threads, thread_name_prefix=f"directions-{process}")

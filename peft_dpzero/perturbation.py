@@ -6,35 +6,53 @@ restore is exact bit for bit, also after an exception or Ctrl-C, and no arithmet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from peft_dpzero.directions import Directions
+from peft_dpzero.directions import Action, Directions
 from peft_dpzero.errors import DPZeroError
+from peft_dpzero.streaming import streamable_parameters, streamed
 
 # Directions of a step are kept while they are together below this many entries (16 MiB of float32).
 KEPT_ENTRIES = 1 << 22
+# Below this many entries (256 MiB of float32) a copy of θ costs little, and serves all micro-batches of a pass.
+STREAMED_ENTRIES = 1 << 26
+
+logger = logging.getLogger(__name__)
 
 
 class Perturbation:
     """The perturbed parameters θ of a model: those with `requires_grad`, each storage once.
 
-    Arithmetic is in float32 (float64 for float64 parameters). A half-precision parameter is perturbed from its
-    float32 value and rounded once; its float32 master copy is the optimizer's affair.
+    Arithmetic is in float32 (float64 if a parameter is float64), each product and each sum rounded on its own, so
+    that results do not depend on threads, nor on whether a direction was kept or made again. A half-precision
+    parameter is perturbed from its float32 value and rounded once; its float32 master copy is the optimizer's affair.
+
+    Directions of at most `KEPT_ENTRIES` entries are kept during a step, as many as fit. Larger ones are made anew,
+    piece by piece, whenever they are used, and never exist as a whole.
+
+    A perturbed copy of θ lives beside θ during a pass, except for `streamed` parameters, which are copied module by
+    module (`streaming.py`), once a call.
 
     Args:
         model: the model; its trainable parameters are θ.
         seed: public direction seed.
         distribution: see `Directions`.
+        streamed: names of the parameters to copy module by module, from `find_streamed`.
 
     Raises:
         DPZeroError: no parameter has `requires_grad`, or one lies on the meta device.
     """
 
-    def __init__(self, model: nn.Module, seed: int = 0, distribution: str = "gaussian") -> None:
+    def __init__(
+        self, model: nn.Module, seed: int = 0, distribution: str = "gaussian", streamed: Collection[str] = ()
+    ) -> None:
+        self.model = model
+        self.streamed = frozenset(streamed)
         self.parameters: dict[str, nn.Parameter] = {
             name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
         }
@@ -47,43 +65,139 @@ class Perturbation:
             if parameter.is_meta:
                 raise DPZeroError(f"Parameter {name} is offloaded (meta device): keep what is trained in memory.")
         self.directions = Directions(self.parameters.items(), seed, distribution)
+        self._wide = torch.float32
+        for parameter in self.parameters.values():
+            self._wide = torch.promote_types(self._wide, parameter.dtype)
         self._kept_step = -1
-        self._kept_entries = 0
-        self._kept: dict[tuple[int, str], Tensor] = {}
+        self._kept: dict[tuple[int, torch.device], Tensor] = {}
 
     def z(self, step: int, direction: int, name: str) -> Tensor:
         """z of one parameter, on the parameter's device: float32, the parameter's shape."""
-        if step != self._kept_step:
-            self._kept.clear()
-            self._kept_step, self._kept_entries = step, 0
-        key = (direction, name)
-        if key in self._kept:
-            return self._kept[key]
-        z = self.directions.entry(step, direction, name).to(self.parameters[name].device)
-        if self._kept_entries + z.numel() <= KEPT_ENTRIES:
-            self._kept[key] = z
-            self._kept_entries += z.numel()
-        return z
+        parameter = self.parameters[name]
+        if self._keeps:
+            vector = self._vector(step, direction, parameter.device)
+            return self.directions.view(vector, name)
+        return self.directions.entry(step, direction, name).to(parameter.device)
 
     @contextmanager
     def at(self, step: int, direction: int, scale: float) -> Iterator[None]:
         """Within the block the model is at θ + scale·z; afterwards it is at θ, bit for bit."""
-        with self._replaced(lambda name: self.z(step, direction, name).mul(scale)):
-            yield
-
-    @contextmanager
-    def _replaced(self, shift: Callable[[str], Tensor]) -> Iterator[None]:
         originals = {name: parameter.data for name, parameter in self.parameters.items()}
+        moved = {name: value for name, value in originals.items() if name not in self.streamed}
+        names = {parameter: name for name, parameter in self.parameters.items()}
+
+        def perturbed(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+            some = [names[parameter] for parameter in parameters]
+            return list(self._moved({name: originals[name] for name in some}, step, direction, scale).values())
+
         try:
-            for name, parameter in self.parameters.items():
-                parameter.data = shifted(originals[name], shift(name))
-            yield
+            for name, copy in self._moved(moved, step, direction, scale).items():
+                self.parameters[name].data = copy
+            with streamed(self.model, {self.parameters[n]: originals[n] for n in self.streamed}, perturbed):
+                yield
         finally:
-            for name, parameter in self.parameters.items():
-                parameter.data = originals[name]
+            self._put_back(originals)
+
+    def _put_back(self, originals: Mapping[str, Tensor]) -> None:
+        try:
+            for name, value in originals.items():
+                self.parameters[name].data = value
+        except KeyboardInterrupt:
+            for name, value in originals.items():
+                self.parameters[name].data = value
+            raise
+
+    @torch.no_grad()
+    def find_streamed(self, run: Callable[[], Tensor]) -> frozenset[str]:
+        """The parameters that can be streamed: none below `STREAMED_ENTRIES`, or if streaming changes `run`'s output.
+
+        Args:
+            run: one forward pass on public, made-up input.
+        """
+        if self.directions.num_entries < STREAMED_ENTRIES:
+            return frozenset()
+        plain = run()
+        trial = Perturbation(self.model, streamed=streamable_parameters(self.model, self.parameters, run))
+        try:
+            # θ + 0·z is θ: only a read outside the owner's call, where the parameter is empty, makes a difference.
+            with trial.at(0, 0, 0.0):
+                output = run()
+        except Exception as error:
+            logger.info(
+                "Parameters are perturbed as a whole: %s reads some outside their module.", type(error).__name__
+            )
+            return frozenset()
+        same = output.shape == plain.shape and torch.allclose(output, plain, rtol=1e-5, atol=1e-6)
+        return trial.streamed if same else frozenset()
+
+    def visit(
+        self,
+        step: int,
+        coefficients: Mapping[int, float],
+        action: Action,
+        names: Collection[str] | None = None,
+    ) -> None:
+        """Calls `action(name, part, Σ_k c_k z_k)` for pieces of the flattened parameters until all were seen.
+
+        The sums are one-dimensional, on the parameter's device, and may be changed but not kept. Several threads may
+        call `action` at once, for disjoint pieces, without autograd. `names` picks parameters, None all.
+        """
+        names = self.parameters.keys() if names is None else names
+        if self._keeps:
+            for device in {self.parameters[name].device for name in names}:
+                total = self._sum(coefficients, (self._vector(step, k, device) for k in coefficients))
+                for name in names:
+                    if self.parameters[name].device == device:
+                        z = self.directions.view(total, name).view(-1)
+                        action(name, slice(0, z.numel()), z)
+            return
+        on_cpu = [name for name in names if self.parameters[name].device.type == "cpu"]
+        self.directions.visit(step, coefficients, action, on_cpu, self._wide)
+        for name in set(names).difference(on_cpu):
+            total = self._sum(coefficients, (self.z(step, k, name).flatten() for k in coefficients))
+            action(name, slice(0, total.numel()), total)
+
+    @property
+    def _keeps(self) -> bool:
+        return self.directions.num_entries <= KEPT_ENTRIES
+
+    def _vector(self, step: int, direction: int, device: torch.device) -> Tensor:
+        if step != self._kept_step:
+            self._kept.clear()
+            self._kept_step = step
+        key = (direction, device)
+        if key not in self._kept:
+            vector = self.directions.vector(step, direction).to(device)
+            if self._kept and (len(self._kept) + 1) * vector.numel() > KEPT_ENTRIES:
+                # The newest makes room, so that the first ones last and both sides of a direction share one.
+                self._kept.popitem()
+            self._kept[key] = vector
+        return self._kept[key]
+
+    def _sum(self, coefficients: Mapping[int, float], directions: Iterable[Tensor]) -> Tensor:
+        terms = (z.to(self._wide).mul(c) for c, z in zip(coefficients.values(), directions, strict=True))
+        total = next(terms)
+        for term in terms:
+            total.add_(term)
+        return total
+
+    def _moved(self, originals: Mapping[str, Tensor], step: int, direction: int, scale: float) -> dict[str, Tensor]:
+        copies = {
+            name: torch.empty(value.shape, dtype=value.dtype, device=value.device) for name, value in originals.items()
+        }
+        values = {name: value.reshape(-1) for name, value in originals.items()}
+        flat = {name: copy.view(-1) for name, copy in copies.items()}
+
+        def move(name: str, part: slice, shift: Tensor) -> None:
+            add_shift(values[name][part], shift, out=flat[name][part])
+
+        self.visit(step, {direction: scale}, move, originals)
+        return copies
 
 
-def shifted(value: Tensor, shift: Tensor) -> Tensor:
-    """value + shift in at least float32, in `value`'s dtype."""
-    wide = torch.promote_types(value.dtype, torch.float32)
-    return value.to(wide).add(shift.to(wide)).to(value.dtype)
+def add_shift(value: Tensor, shift: Tensor, out: Tensor) -> None:
+    """out ← value + shift, added in the wider of the two dtypes; `out` may be `value`."""
+    if value.dtype == shift.dtype:
+        torch.add(value, shift, out=out)
+    else:
+        out.copy_(shift.add_(value))

@@ -106,6 +106,7 @@ class DPZeroTrainerMixin(SavingMixin):
         self._plan: PrivacyPlan | None = None
         self._step: PrivateStep | None = None
         self._trunk: SharedTrunk | None = None
+        self._streamed: frozenset[str] = frozenset()
         self._journal: Journal | None = None
         self._replayed: list[JournalEntry] = []
         self._grad_norm = 0.0
@@ -186,7 +187,7 @@ class DPZeroTrainerMixin(SavingMixin):
 
     def _perturbation(self) -> Perturbation:
         config = self.dpzero_config
-        return Perturbation(self.model, config.direction_seed, config.direction_distribution)
+        return Perturbation(self.model, config.direction_seed, config.direction_distribution, self._streamed)
 
     def _probe_model(self, perturbation: Perturbation) -> None:
         self.model.eval()
@@ -198,6 +199,7 @@ class DPZeroTrainerMixin(SavingMixin):
         probe.check_independence(perturbation)
         probe.check_reach(perturbation)
         self._trunk = probe.find_trunk(perturbation)
+        self._streamed = perturbation.find_streamed(probe.run)
 
     def _open_journal(self, plan: PrivacyPlan, perturbation: Perturbation, checkpoint: Any) -> None:
         shared: list[Any] = [None]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peft_dpzero.mechanism.private_sum import Released
-from peft_dpzero.perturbation import Perturbation, shifted
+from peft_dpzero.perturbation import Perturbation, add_shift
 
 
 class DPZeroOptimizer(torch.optim.Optimizer):
@@ -57,32 +57,52 @@ class DPZeroOptimizer(torch.optim.Optimizer):
         released, perturbation = self._pending
         self._pending = None
         names = {parameter: name for name, parameter in perturbation.parameters.items()}
+        values: dict[str, Tensor] = {}
+        updates: dict[str, Callable[[slice, Tensor], None]] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter in names:
-                    gradient = self._gradient(released, perturbation, names[parameter])
-                    self._update(parameter, gradient, group)
+                    name = names[parameter]
+                    values[name] = self._value(parameter)
+                    updates[name] = self._update(parameter, values[name].view(-1), group)
 
-    @staticmethod
-    def _gradient(released: Released, perturbation: Perturbation, name: str) -> Tensor:
-        parameter = perturbation.parameters[name]
-        gradient = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
-        for k, coefficient in enumerate(released.coefficients):
-            gradient.add_(perturbation.z(released.step, k, name), alpha=coefficient)
-        return gradient
+        def apply(name: str, part: slice, gradient: Tensor) -> None:
+            if name in updates:
+                updates[name](part, gradient)
 
-    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        perturbation.visit(released.step, dict(enumerate(released.coefficients)), apply)
+        for name, value in values.items():
+            parameter = perturbation.parameters[name]
+            if value.data_ptr() != parameter.data_ptr():
+                parameter.copy_(value)
+
+    def _value(self, parameter: Tensor) -> Tensor:
+        """What is updated: the float32 master copy, or the parameter's own memory if that is one contiguous piece."""
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        if parameter.dtype == wide:
+            return parameter.detach().contiguous()
         state = self.state[parameter]
-        if parameter.dtype != gradient.dtype and "master" not in state:
-            state["master"] = parameter.detach().to(gradient.dtype, copy=True)
-        value = state.get("master", parameter)
-        gradient = gradient.add(value, alpha=group["weight_decay"]) if group["weight_decay"] else gradient
-        if group["momentum"]:
-            velocity = state.setdefault("momentum", torch.zeros_like(gradient))
-            gradient = velocity.mul_(group["momentum"]).add_(gradient)
-        value.copy_(shifted(value, gradient.mul(-group["lr"])))
-        if value is not parameter:
-            parameter.copy_(value)
+        if "master" not in state:
+            state["master"] = parameter.detach().to(wide, memory_format=torch.contiguous_format)
+        master: Tensor = state["master"]
+        return master
+
+    def _update(self, parameter: Tensor, value: Tensor, group: dict[str, Any]) -> Callable[[slice, Tensor], None]:
+        """How a piece of a flattened value takes its piece of the estimate, which is overwritten."""
+        rate, decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
+        if momentum:
+            velocity = (
+                self.state[parameter].setdefault("momentum", torch.zeros_like(value).view(parameter.shape)).view(-1)
+            )
+
+        def update(part: slice, gradient: Tensor) -> None:
+            if decay:
+                gradient.add_(value[part].mul(decay))
+            if momentum:
+                gradient.copy_(velocity[part].mul_(momentum).add_(gradient))
+            add_shift(value[part], gradient.mul_(-rate), out=value[part])
+
+        return update
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but the float32 state of a half-precision parameter stays float32."""
