@@ -8,6 +8,7 @@ A run is T releases, each a Gaussian mechanism with noise multiplier σ on a Poi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -106,6 +107,103 @@ def calibrate_noise_multiplier(
     )
 
 
+@dataclass(frozen=True)
+class Segment:
+    """Releases that share σ and q. A run that was continued has several, one after another."""
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+
+
+@lru_cache(maxsize=1024)
+def epsilon_of(
+    segments: tuple[Segment, ...],
+    delta: float,
+    neighboring: str = "add_or_remove_one",
+    interval: float = INTERVAL,
+) -> float:
+    """The ε that all `segments` together cost at `delta`, an upper bound proven by PLD; inf if one has no noise."""
+    segments = tuple(segment for segment in segments if segment.steps)
+    if len(segments) < 2 or any(segment.noise_multiplier == 0 for segment in segments):
+        alone = [epsilon(s.noise_multiplier, s.sample_rate, s.steps, delta, neighboring, interval) for s in segments]
+        return max(alone, default=0.0)
+    accountant = PLDAccountant(RELATIONS[neighboring], value_discretization_interval=interval)
+    for segment in segments:
+        accountant.compose(_event(segment.noise_multiplier, segment.sample_rate, segment.steps))
+    return float(accountant.get_epsilon(delta))
+
+
+def rdp_epsilon_of(segments: tuple[Segment, ...], delta: float, neighboring: str = "add_or_remove_one") -> float:
+    """A second, looser bound on the same ε, by Rényi DP.
+
+    Raises:
+        dp_accounting.UnsupportedEventError: RDP does not cover these events.
+    """
+    accountant = RdpAccountant(_RDP_ORDERS, RELATIONS[neighboring])
+    for segment in segments:
+        accountant.compose(_event(segment.noise_multiplier, segment.sample_rate, segment.steps))
+    return float(accountant.get_epsilon(delta))
+
+
+def calibrate_after(
+    spent: tuple[Segment, ...],
+    target_epsilon: float,
+    target_delta: float,
+    sample_rate: float,
+    steps: int,
+    neighboring: str,
+) -> float:
+    """The smallest σ, to 0.1 %, with which `steps` more releases after `spent` stay within `target_epsilon`.
+
+    Raises:
+        DPZeroError: `spent` leaves next to nothing.
+    """
+    before = epsilon_of(spent, target_delta, neighboring)
+
+    def proven(sigma: float) -> bool:
+        return epsilon_of((*spent, Segment(sigma, sample_rate, steps)), target_delta, neighboring) <= target_epsilon
+
+    # Alone they would need at least this much.
+    low = calibrate_noise_multiplier(target_epsilon, target_delta, sample_rate, steps, neighboring)
+    high = low
+    while before >= target_epsilon or not proven(high):
+        low, high = high, high * 2
+        if before >= target_epsilon or high > 1e4 * steps:
+            raise DPZeroError(
+                f"The releases made so far cost ε={before:.4g} of target_epsilon={target_epsilon:g}, which leaves too "
+                f"little for {steps} more: raise target_epsilon."
+            )
+    while high - low > TOLERANCE * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if proven(middle) else (middle, high)
+    return high
+
+
+def affordable_steps(
+    spent: tuple[Segment, ...], target_epsilon: float, target_delta: float, segment: Segment, neighboring: str
+) -> int:
+    """How many of `segment`'s releases fit within `target_epsilon` after `spent`: the next one would pass it."""
+
+    def fits(steps: int) -> bool:
+        more = Segment(segment.noise_multiplier, segment.sample_rate, steps)
+        return epsilon_of((*spent, more), target_delta, neighboring) <= target_epsilon
+
+    return _largest(fits, segment.steps)
+
+
+def _largest(fits: Callable[[int], bool], high: int) -> int:
+    """The largest n in 0 … `high` that fits, where all below a fitting one fit too; 0 is taken to fit."""
+    low = 0
+    while low < high:
+        middle = high if low == 0 and fits(high) else (low + high + 1) // 2
+        if middle == high or fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 def _event(noise_multiplier: float, sample_rate: float, steps: int) -> SelfComposedDpEvent:
     return SelfComposedDpEvent(PoissonSampledDpEvent(sample_rate, GaussianDpEvent(noise_multiplier)), steps)
 
@@ -135,13 +233,21 @@ class PrivacyPlan:
 
     Attributes:
         config: with `noise_multiplier` calibrated.
-        num_units: N. expected_batch_size: B. sample_rate: q = B / N. steps: T.
+        num_units: N. expected_batch_size: B. sample_rate: q = B / N.
+        steps: T, the last step's number plus one, earlier segments counted.
+        spent: the segments that were released before this plan's own, for a run that is continued.
     """
 
     config: DPZeroConfig
     num_units: int
     expected_batch_size: int
     steps: int
+    spent: tuple[Segment, ...] = ()
+
+    @property
+    def first_step(self) -> int:
+        """The number of this plan's first step: 0 unless the run is continued."""
+        return sum(segment.steps for segment in self.spent)
 
     @property
     def sample_rate(self) -> float:
@@ -159,28 +265,40 @@ class PrivacyPlan:
         if not self.config.is_private:
             return math.inf
         assert self.config.target_delta is not None
-        count = self.steps if steps is None else steps
-        return epsilon(
-            self.noise_multiplier,
-            self.sample_rate,
-            count,
-            self.config.target_delta,
-            self.config.neighboring,
-            interval,
-        )
+        return epsilon_of(self.segments(steps), self.config.target_delta, self.config.neighboring, interval)
+
+    def segments(self, steps: int | None = None) -> tuple[Segment, ...]:
+        """What the first `steps` releases (all T by default) are made of."""
+        left = self.steps if steps is None else steps
+        own = Segment(self.noise_multiplier, self.sample_rate, self.steps - self.first_step)
+        made = []
+        for segment in (*self.spent, own):
+            made.append(Segment(segment.noise_multiplier, segment.sample_rate, min(left, segment.steps)))
+            left -= made[-1].steps
+        return tuple(segment for segment in made if segment.steps)
 
 
-def make_plan(config: DPZeroConfig, num_units: int, expected_batch_size: int, steps: int) -> PrivacyPlan:
-    """Checks the run's sizes and calibrates σ if an ε is asked for.
+def make_plan(
+    config: DPZeroConfig,
+    num_units: int,
+    expected_batch_size: int,
+    steps: int,
+    spent: tuple[Segment, ...] = (),
+) -> PrivacyPlan:
+    """Checks the run's sizes and calibrates σ if only an ε is asked for.
+
+    Given both σ and ε, the plan ends before the step that would pass ε.
 
     Args:
         config: the user's settings.
         num_units: N, training examples.
         expected_batch_size: B, the logical batch.
-        steps: T.
+        steps: T, with the steps of `spent`.
+        spent: what was released before, for a run that is continued: it counts against `target_epsilon`.
 
     Raises:
-        DPZeroError: an empty data set, a batch larger than the data, δ of 1/N or more, or no steps.
+        DPZeroError: an empty data set, a batch larger than the data, δ of 1/N or more, no steps, or none that
+            `target_epsilon` affords.
     """
     if num_units < 1:
         raise DPZeroError("train_dataset is empty: there is nothing to train on.")
@@ -191,20 +309,26 @@ def make_plan(config: DPZeroConfig, num_units: int, expected_batch_size: int, st
             f"The logical batch ({expected_batch_size} = per_device_train_batch_size × gradient_accumulation_steps × "
             f"processes) is larger than the data ({num_units} examples): lower one of them."
         )
-    assert config.target_delta is not None
-    if config.is_private and config.target_delta >= 1 / num_units:
+    delta = config.target_delta
+    assert delta is not None
+    if config.is_private and delta >= 1 / num_units:
         raise DPZeroError(
-            f"target_delta={config.target_delta:g} is not below 1/N = {1 / num_units:.3g}: such a δ would allow "
+            f"target_delta={delta:g} is not below 1/N = {1 / num_units:.3g}: such a δ would allow "
             f"publishing somebody's data outright. Use at most {0.1 / num_units:.1g}."
         )
+    sample_rate = expected_batch_size / num_units
+    first = sum(segment.steps for segment in spent)
     if config.noise_multiplier is None:
         assert config.target_epsilon is not None
-        sigma = calibrate_noise_multiplier(
-            config.target_epsilon,
-            config.target_delta,
-            expected_batch_size / num_units,
-            steps,
-            config.neighboring,
-        )
+        budget = config.target_epsilon, delta, sample_rate, steps - first, config.neighboring
+        sigma = calibrate_after(spent, *budget) if spent else calibrate_noise_multiplier(*budget)
         config = config.replace(target_epsilon=None, noise_multiplier=sigma)
-    return PrivacyPlan(config, num_units, expected_batch_size, steps)
+    elif config.target_epsilon is not None:
+        wanted = Segment(config.noise_multiplier, sample_rate, steps - first)
+        steps = first + affordable_steps(spent, config.target_epsilon, delta, wanted, config.neighboring)
+        if steps == first:
+            raise DPZeroError(
+                f"Not one {'more ' if spent else ''}step with noise_multiplier={config.noise_multiplier:g} stays "
+                f"within target_epsilon={config.target_epsilon:g}: raise either."
+            )
+    return PrivacyPlan(config, num_units, expected_batch_size, steps, spent)

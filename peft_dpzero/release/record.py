@@ -26,7 +26,8 @@ _NEIGHBORS = {
 def privacy_record(plan: PrivacyPlan, steps: int) -> dict[str, Any]:
     """The JSON-ready record of a run that has made `steps` releases.
 
-    `epsilon` is what PLD proves for them, or null where nothing is guaranteed.
+    `epsilon` is what PLD proves for them, or null where nothing is guaranteed. `segments` is what it composes: one
+    entry, or several if the run was continued; `noise_multiplier` and `sample_rate` are then the last one's.
     """
     config = plan.config
     spent = plan.epsilon(steps)
@@ -38,6 +39,7 @@ def privacy_record(plan: PrivacyPlan, steps: int) -> dict[str, Any]:
         "noise_multiplier": plan.noise_multiplier,
         "sample_rate": plan.sample_rate,
         "steps": steps,
+        "segments": [asdict(segment) for segment in plan.segments(steps)],
         "planned_steps": plan.steps,
         "neighboring": config.neighboring,
         "mechanism": "poisson_sampled_discrete_gaussian",
@@ -190,19 +192,3 @@ def _statement(record: dict[str, Any]) -> list[str]:
         f"by {record['accountant']['name']} {record['accountant']['version']}. The released values, the directions "
         "and the weights are all public; the weights are a function of the other two and of the base model.",
     ]
-
-
-def plan_header(plan: PrivacyPlan, trainable: list[tuple[str, list[int]]]) -> dict[str, Any]:
-    """The public facts that open a run's journal.
-
-    Args:
-        plan: the run's plan.
-        trainable: name and shape of each perturbed parameter, in order.
-    """
-    return {
-        "config": {k: str(v) if v == math.inf else v for k, v in asdict(plan.config).items()},
-        "sample_rate": plan.sample_rate,
-        "expected_batch_size": plan.expected_batch_size,
-        "steps": plan.steps,
-        "trainable": trainable,
-    }
