@@ -14,12 +14,16 @@ from peft_dpzero.estimation.losses import (
     infer_task,
 )
 from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
-from peft_dpzero.mechanism.accountant import PrivacyPlan, make_plan
+from peft_dpzero.mechanism.plan import PrivacyPlan, make_plan
 from peft_dpzero.mechanism.private_sum import Released
 from peft_dpzero.perturbation import Perturbation
+from peft_dpzero.release.bundle import sealed
+from peft_dpzero.release.header import plan_header
 from peft_dpzero.release.journal import Journal
 from peft_dpzero.release.optimizer import DPZeroOptimizer
-from peft_dpzero.release.record import plan_header, privacy_record, save_card, save_record
+from peft_dpzero.release.record import privacy_record, save_card, save_record
+from peft_dpzero.release.replay import replay_journal
+from peft_dpzero.release.start import save_start
 from peft_dpzero.step import PrivateStep
 from peft_dpzero.trainer import DPZeroTrainer, DPZeroTrainerMixin
 
@@ -49,6 +53,9 @@ __all__ = [
     "new_secret",
     "plan_header",
     "privacy_record",
+    "replay_journal",
     "save_card",
     "save_record",
+    "save_start",
+    "sealed",
 ]

@@ -18,7 +18,7 @@ from peft_dpzero.cli_settings import read_settings
 from peft_dpzero.cli_train import TrainingRun
 from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.mechanism.accountant import make_plan
+from peft_dpzero.mechanism.plan import make_plan
 
 # What a shell reports of a process that Ctrl-C ended.
 INTERRUPTED = 130

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from rich.table import Table
 
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.mechanism.accountant import COARSE_INTERVAL, PrivacyPlan, calibrate_noise_multiplier
+from peft_dpzero.mechanism.accountant import COARSE_INTERVAL, calibrate_noise_multiplier
+from peft_dpzero.mechanism.plan import PrivacyPlan
 
 
 def default_delta(examples: int) -> float:

@@ -29,8 +29,8 @@ class DPZeroConfig:
     """Settings of a DPZero run (arXiv 2310.09639; with `num_directions` > 1, DP-AggZO, USENIX Security 2025).
 
     Give either `target_epsilon` (σ is then calibrated before the first step) or `noise_multiplier` (the ε that
-    it buys is then reported), and `target_delta` with both. A value out of range raises a `ValueError` that
-    names the field and the fix.
+    it buys is then reported), and `target_delta` with both. Given both, training stops before the step that would
+    pass `target_epsilon`. A value out of range raises a `ValueError` that names the field and the fix.
     """
 
     # Parameters that control the guarantee.
@@ -175,8 +175,8 @@ class DPZeroConfig:
         return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
 
     def _check_budget(self) -> None:
-        if (self.target_epsilon is None) == (self.noise_multiplier is None):
-            raise ValueError("Give exactly one of target_epsilon and noise_multiplier.")
+        if self.target_epsilon is None and self.noise_multiplier is None:
+            raise ValueError("Give target_epsilon (σ is calibrated), noise_multiplier, or both (ε is then a cap).")
         if self.target_epsilon is not None:
             self._check_positive("target_epsilon", finite=True)
         if self.noise_multiplier is not None and not (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,34 +10,34 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import HfApi
 from transformers.utils import PushInProgress
 
-from peft_dpzero.config import CONFIG_NAME
-from peft_dpzero.release.record import CARD_NAME, RECORD_NAME, save_card, save_record
+from peft_dpzero.config import DPZeroConfig
+from peft_dpzero.errors import DPZeroError
+from peft_dpzero.perturbation import Perturbation
+from peft_dpzero.release.bundle import RELEASED_FILES, copy_evidence, sealed
+from peft_dpzero.release.journal import Journal
+from peft_dpzero.release.record import save_card, save_record
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Host
 else:
     _Host = object
 
-# All that a push may upload.
-RELEASED_FILES = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "model-*.safetensors",
-    "model.safetensors.index.json",
-    CONFIG_NAME,
-    RECORD_NAME,
-    CARD_NAME,
-)
+PUSH_FORMATS = ("weights", "journal")
 
 
 class SavingMixin(_Host):  # type: ignore[misc]
     """Saving and pushing of a private Trainer."""
 
+    dpzero_config: DPZeroConfig
+    _journal: Journal | None
+    # The step that the weights are of, if that is not the last one.
+    _weights_step: int | None
+
     def privacy_record(self) -> dict[str, Any]:
         """The record of the releases made so far."""
+        raise NotImplementedError
+
+    def _perturbation(self) -> Perturbation:
         raise NotImplementedError
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Any] | None = None) -> None:
@@ -46,9 +47,42 @@ class SavingMixin(_Host):  # type: ignore[misc]
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         model.save_pretrained(folder, state_dict=state_dict)
+        self._save_claims(folder)
+
+    def save_journal(self, output_dir: str) -> None:
+        """Saves the model as its journal: kilobytes, from which `replay_journal` makes the weights again.
+
+        An adapter's folder also gets its starting weights.
+
+        Raises:
+            DPZeroError: nothing was trained yet.
+        """
+        if self._journal is None:
+            raise DPZeroError("There is no journal yet: call train() first.")
+        if not self.is_world_process_zero():
+            return
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if hasattr(model, "peft_config"):
+            model.peft_config[model.active_adapter].save_pretrained(folder)
+        else:
+            model.config.save_pretrained(folder)
+        self._save_claims(folder)
+
+    def _save_claims(self, folder: Path) -> None:
         self.dpzero_config.save_pretrained(folder)
-        save_record(self.privacy_record(), folder)
+        record = self.privacy_record()
+        if self._journal is not None:
+            copy_evidence(self._journal, folder)
+            step = self.state.global_step if self._weights_step is None else self._weights_step
+            record = sealed(record, folder, self._journal, self._perturbation(), step)
+        save_record(record, folder)
         self._save_card(folder)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._weights_step = self.state.best_global_step
 
     def _save_card(self, folder: Path, **card_data: Any) -> None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -67,24 +101,37 @@ class SavingMixin(_Host):  # type: ignore[misc]
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
+        format: str = "weights",
         **card_data: Any,
     ) -> Any:
-        """Saves and uploads the model, its configuration, record and card; no other file of the folder."""
+        """Saves and uploads the model, its journal, configuration, record and card; no other file of the folder.
+
+        With `format="journal"` no weights are uploaded: the base model and the journal make them again, at kilobytes
+        (see `save_journal`). This upload always blocks.
+
+        Raises:
+            DPZeroError: an unknown format, or a journal that is not there yet.
+        """
+        if format not in PUSH_FORMATS:
+            raise DPZeroError(f"format must be one of {', '.join(PUSH_FORMATS)}, got {format!r}.")
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token or self.args.hub_token, private=private)
+        where = {"token": token or self.args.hub_token, "revision": revision or self.args.hub_revision}
+        if format == "journal":
+            with tempfile.TemporaryDirectory() as folder:
+                self.save_journal(folder)
+                if not self.is_world_process_zero():
+                    return None
+                self._save_card(Path(folder), **card_data)
+                self._finish_current_push()
+                return self._upload(folder, commit_message, **where)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
         self.create_model_card(**card_data)
         self._finish_current_push()
-        return self._upload(
-            self.args.output_dir,
-            commit_message,
-            token=token or self.args.hub_token,
-            revision=revision or self.args.hub_revision,
-            run_as_future=not blocking,
-        )
+        return self._upload(self.args.output_dir, commit_message, run_as_future=not blocking, **where)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.is_world_process_zero() or self.args.hub_strategy == "end":

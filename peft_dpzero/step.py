@@ -28,11 +28,12 @@ from peft_dpzero.errors import DPZeroError, PrivateStepError
 from peft_dpzero.estimation.batching import LogicalBatches
 from peft_dpzero.estimation.differences import Losses, estimate_differences
 from peft_dpzero.guards import check_processes
-from peft_dpzero.mechanism.accountant import PrivacyPlan
+from peft_dpzero.mechanism.plan import PrivacyPlan
 from peft_dpzero.mechanism.private_sum import PrivateSum, Released
 from peft_dpzero.perturbation import Perturbation
-from peft_dpzero.release.journal import Journal, JournalEntry
+from peft_dpzero.release.journal import Journal, JournalSegment
 from peft_dpzero.release.optimizer import DPZeroOptimizer
+from peft_dpzero.release.replay import interpreted
 
 
 class AcceleratedProcesses:
@@ -81,7 +82,7 @@ class PrivateStep:
         perturbation: over `model`'s trainable parameters.
         optimizer: takes each release.
         journal: where each release is written before it is used; None on processes that write nothing.
-        replayed: releases made before a crash, which are applied again instead of being made again.
+        segments: the journal's, with the releases made before a crash: they are applied again, not made again.
         accelerator: for several processes.
 
     Raises:
@@ -97,7 +98,7 @@ class PrivateStep:
         perturbation: Perturbation,
         optimizer: DPZeroOptimizer,
         journal: Journal | None = None,
-        replayed: Sequence[JournalEntry] = (),
+        segments: Sequence[JournalSegment] = (),
         accelerator: Accelerator | None = None,
     ) -> None:
         self.model = model
@@ -108,10 +109,9 @@ class PrivateStep:
         self.perturbation = perturbation
         self.optimizer = optimizer
         self.journal = journal
-        self.replayed = tuple(replayed)
         self.processes = AcceleratedProcesses(accelerator) if accelerator is not None else None
         self.mechanism = PrivateSum(plan.config, plan.expected_batch_size, self.processes, plan.loss_interval)
-        self._followed = 0
+        self.replayed = interpreted(segments, self.mechanism)
         check_processes(self.processes.count if self.processes else 1, batches.world_size)
         if self.processes:
             share_parameters(perturbation, self.processes)
@@ -126,16 +126,14 @@ class PrivateStep:
         """
         if step >= self.plan.steps:
             raise RuntimeError(f"Step {step} would pass the planned {self.plan.steps} steps and their ε.")
-        while self._followed < min(step, len(self.replayed)):
-            self.mechanism.interpret(self._followed, self.replayed[self._followed].values)
-            self._followed += 1
-        self._followed += 1
         if step < len(self.replayed):
-            report = StepReport(self.mechanism.interpret(step, self.replayed[step].values))
-        else:
-            report = self._release(step)
-            if self.journal is not None:
-                self.journal.record(step, self.optimizer.param_groups[0]["lr"], report.released.values)
+            released, rates = self.replayed[step].released, self.replayed[step].learning_rates
+            self.optimizer.load(released, self.perturbation, rates)
+            return StepReport(released)
+        report = self._release(step)
+        if self.journal is not None:
+            rates = self.optimizer.learning_rates
+            self.journal.record(step, rates, self.config.direction_seed, report.released.values)
         self.optimizer.load(report.released, self.perturbation)
         return report
 

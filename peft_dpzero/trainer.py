@@ -7,15 +7,13 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import TrainOutput
 
 from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
@@ -24,7 +22,6 @@ from peft_dpzero.estimation.differences import Losses
 from peft_dpzero.estimation.losses import FunctionTask, Task, infer_task
 from peft_dpzero.estimation.sampling import PoissonSampler, new_secret, seeded_secret
 from peft_dpzero.estimation.trunk import SharedTrunk
-from peft_dpzero.estimation.units import Units, units_by_column
 from peft_dpzero.guards import (
     check_arguments,
     check_collator,
@@ -35,13 +32,15 @@ from peft_dpzero.guards import (
     fingerprint,
     padding_side,
 )
-from peft_dpzero.mechanism.accountant import COARSE_INTERVAL, PrivacyPlan, make_plan
+from peft_dpzero.mechanism.accountant import COARSE_INTERVAL
+from peft_dpzero.mechanism.plan import PrivacyPlan
 from peft_dpzero.perturbation import Perturbation
 from peft_dpzero.probe import Probe
 from peft_dpzero.probe_causes import check_batch_norm
-from peft_dpzero.release.journal import JOURNAL_NAME, Journal, JournalEntry
+from peft_dpzero.release.journal import Journal, JournalSegment
 from peft_dpzero.release.optimizer import DPZeroOptimizer
-from peft_dpzero.release.record import plan_header, privacy_record
+from peft_dpzero.release.record import privacy_record
+from peft_dpzero.resuming import ResumingMixin
 from peft_dpzero.saving import SavingMixin
 from peft_dpzero.step import PrivateStep
 
@@ -49,7 +48,7 @@ from peft_dpzero.step import PrivateStep
 _WITHHELD_LOGS = ("loss", "train_loss", "total_flos", "num_input_tokens_seen")
 
 
-class DPZeroTrainerMixin(SavingMixin):
+class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
     """Makes a `transformers.Trainer` subclass private: put it first among the bases.
 
     The logical batch is `per_device_train_batch_size × gradient_accumulation_steps × processes` on average;
@@ -108,46 +107,10 @@ class DPZeroTrainerMixin(SavingMixin):
         self._trunk: SharedTrunk | None = None
         self._streamed: frozenset[str] = frozenset()
         self._journal: Journal | None = None
-        self._replayed: list[JournalEntry] = []
+        self._segments: list[JournalSegment] = []
+        self._weights_step: int | None = None
         self._grad_norm = 0.0
         self._private_losses: dict[int, float] = {}
-
-    # ---- The plan ----
-
-    @property
-    def privacy_plan(self) -> PrivacyPlan:
-        """q, σ, T and what they cost; calibrated at first use, before any data is read."""
-        if self._plan is None:
-            check_dataset(self.train_dataset)
-            if self.args.max_steps > 0:
-                steps = self.args.max_steps
-            else:
-                steps = math.ceil(self.args.num_train_epochs * self._steps_per_epoch)
-            self._plan = make_plan(
-                self.dpzero_config, self._num_units, self.logical_batch_size, steps, self._logging_interval(steps)
-            )
-        return self._plan
-
-    @functools.cached_property
-    def _units(self) -> Units | None:
-        """Whose each example is; None if each is its own."""
-        config = self.dpzero_config
-        if config.privacy_unit is None:
-            return None
-        return units_by_column(self.train_dataset, config.privacy_unit, config.max_examples_per_unit)
-
-    @property
-    def _num_units(self) -> int:
-        check_dataset(self.train_dataset)
-        return len(self.train_dataset) if self._units is None else len(self._units)
-
-    @property
-    def _steps_per_epoch(self) -> int:
-        return math.ceil(self._num_units / self.logical_batch_size)
-
-    def _logging_interval(self, steps: int) -> int:
-        every = self.args.logging_steps
-        return math.ceil(steps * every) if every < 1 else int(every)
 
     def privacy_record(self) -> dict[str, Any]:
         """The record of the releases made so far."""
@@ -159,20 +122,22 @@ class DPZeroTrainerMixin(SavingMixin):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As `Trainer.train`. Resuming applies journalled releases again and makes none twice.
 
+        With True, the newest checkpoint that was written to its end is taken; if there is none, the run's start. A
+        finished run goes on if `max_steps` or `num_train_epochs` is larger now.
+
         Raises:
             DPZeroError: see the class; also an output folder that holds another run's journal.
         """
         check_dataset(self.train_dataset)
         check_columns(self.train_dataset, self.label_names if self._needs_label_column else ())
-        plan = self.privacy_plan
-        check_weights(self.model)
-        perturbation = self._perturbation()
-        self._probe_model(perturbation)
-        checkpoint = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else None
-        self._open_journal(plan, perturbation, checkpoint or resume_from_checkpoint or None)
-        self._step = None
-        start = fingerprint(perturbation)
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        with self._journalled(resume_from_checkpoint):
+            check_weights(self.model)
+            perturbation = self._perturbation()
+            self._probe_model(perturbation)
+            start = fingerprint(perturbation)
+            checkpoint = self._enter_segment(perturbation, resume_from_checkpoint)
+            self._step, self._weights_step = None, None
+            output = super().train(checkpoint, *args, **kwargs)
         if self.state.global_step and fingerprint(self._perturbation()) == start:
             warnings.warn("Training did not move the trainable parameters: is the learning rate 0?", stacklevel=2)
         if self.dpzero_config.train_loss == "nonprivate":
@@ -201,34 +166,11 @@ class DPZeroTrainerMixin(SavingMixin):
         self._trunk = probe.find_trunk(perturbation)
         self._streamed = perturbation.find_streamed(probe.run)
 
-    def _open_journal(self, plan: PrivacyPlan, perturbation: Perturbation, checkpoint: Any) -> None:
-        shared: list[Any] = [None]
-        if self.is_world_process_zero():
-            folder = Path(self.args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            shapes = [(name, list(p.shape)) for name, p in perturbation.parameters.items()]
-            self._journal = Journal(folder / JOURNAL_NAME, plan_header(plan, shapes))
-            shared = [self._journal.entries]
-            if self._journal.entries and checkpoint is None:
-                raise DPZeroError(
-                    f"{self._journal.path} holds {len(self._journal.entries)} releases of an earlier run on this "
-                    "data: call train(resume_from_checkpoint=True) to go on, or use another output_dir."
-                )
-        self._replayed = list(self._from_main_process(shared)[0])
-        if checkpoint is not None and (step := _checkpoint_step(checkpoint)) > len(self._replayed):
-            raise DPZeroError(
-                f"The checkpoint is at step {step} but the journal holds {len(self._replayed)} releases, so the ε "
-                f"spent is unknown: put {JOURNAL_NAME} of that run into output_dir."
-            )
-
-    def _from_main_process(self, values: list[Any]) -> list[Any]:
-        return list(broadcast_object_list(values)) if self.args.world_size > 1 else values
-
     def _build_step(self, model: nn.Module) -> PrivateStep:
         plan, config = self.privacy_plan, self.dpzero_config
         perturbation = self._perturbation()
         secret = seeded_secret(self.args.seed) if config.deterministic else new_secret()
-        return PrivateStep(
+        step = PrivateStep(
             model,
             plan,
             self._private_batches(PoissonSampler(plan.num_units, plan.sample_rate, secret)),
@@ -236,9 +178,12 @@ class DPZeroTrainerMixin(SavingMixin):
             perturbation,
             self._dpzero_optimizer,
             self._journal,
-            self._replayed,
+            self._segments,
             self.accelerator,
         )
+        losses = {entry.released.step + 1: entry.released.loss for entry in step.replayed}
+        self._private_losses = {done: loss for done, loss in losses.items() if loss is not None}
+        return step
 
     def _private_batches(self, sampler: PoissonSampler) -> LogicalBatches:
         dataset, collate = self.train_dataset, self.data_collator
@@ -352,8 +297,3 @@ def _as_dpzero_optimizer(optimizer: Any) -> DPZeroOptimizer:
             f"{type(optimizer).__name__} needs gradients, and there are none: pass a DPZeroOptimizer, or no optimizer."
         )
     return optimizer
-
-
-def _checkpoint_step(checkpoint: Any) -> int:
-    digits = str(checkpoint).rstrip("/").rpartition("-")[2]
-    return int(digits) if digits.isdigit() else 0

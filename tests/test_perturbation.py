@@ -8,7 +8,7 @@ from itertools import accumulate
 import pytest
 import torch
 from peft_dpzero import DPZeroError, DPZeroOptimizer, Perturbation, Released
-from peft_dpzero.guards import Probe
+from peft_dpzero.probe import Probe
 from torch import Tensor, nn
 
 from tiny import tiny_model

@@ -82,11 +82,12 @@ def main() -> None:
     journal, made = None, [None]
     if accelerator.is_main_process:
         options.output_dir.mkdir(parents=True, exist_ok=True)
-        shapes = [(name, list(p.shape)) for name, p in perturbation.parameters.items()]
-        journal = dpzero.Journal(options.output_dir / "dpzero_journal", dpzero.plan_header(plan, shapes))
-        made = [journal.entries]
-    replayed = broadcast_object_list(made)[0]
-    step = dpzero.PrivateStep(model, plan, batches, losses, perturbation, optimizer, journal, replayed, accelerator)
+        dpzero.save_start(model, perturbation, options.output_dir)
+        header = dpzero.plan_header(plan, perturbation, optimizer, model)
+        journal = dpzero.Journal(options.output_dir / "dpzero_journal", header)
+        made = [journal.segments]
+    segments = broadcast_object_list(made)[0]
+    step = dpzero.PrivateStep(model, plan, batches, losses, perturbation, optimizer, journal, segments, accelerator)
 
     before = accuracy(model, test_rows, accelerator.device)
     for number in range(plan.steps):
@@ -98,10 +99,10 @@ def main() -> None:
     after = accuracy(model, test_rows, accelerator.device)
 
     record = dpzero.privacy_record(plan, plan.steps)
-    if accelerator.is_main_process:
+    if journal is not None:
         model.save_pretrained(options.output_dir)
         config.save_pretrained(options.output_dir)
-        dpzero.save_record(record, options.output_dir)
+        dpzero.save_record(dpzero.sealed(record, options.output_dir, journal, perturbation), options.output_dir)
         dpzero.save_card(record, options.output_dir, base_model=None, library="peft")
     accelerator.print(f"processes {accelerator.num_processes}   accuracy {before:.3f} → {after:.3f}")
     accelerator.print(f"epsilon {record['epsilon']:.3f} at delta {record['delta']:g}   saved in {options.output_dir}")

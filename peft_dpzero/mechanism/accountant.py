@@ -8,6 +8,7 @@ A run is T releases, each a Gaussian mechanism with noise multiplier σ on a Poi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -17,7 +18,6 @@ from dp_accounting.mechanism_calibration import ExplicitBracketInterval, calibra
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
-from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.mechanism.pure import laplace_epsilon, laplace_noise_multiplier
 
@@ -114,6 +114,125 @@ def calibrate_noise_multiplier(
     )
 
 
+@dataclass(frozen=True)
+class Segment:
+    """Releases that share σ and q. A run that was continued has several, one after another."""
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+
+
+@lru_cache(maxsize=1024)
+def epsilon_of(
+    segments: tuple[Segment, ...],
+    delta: float,
+    neighboring: str = "add_or_remove_one",
+    interval: float = INTERVAL,
+    mechanism: str = "gaussian",
+) -> float:
+    """The ε that all `segments` together cost at `delta`, an upper bound; inf if one has no noise.
+
+    Proven by PLD for Gaussian noise; for Laplace noise, at δ = 0, it is the sum of the largest losses (`pure.py`).
+    """
+    segments = tuple(segment for segment in segments if segment.steps)
+    if mechanism == "laplace":
+        return sum(laplace_epsilon(s.noise_multiplier, s.sample_rate, s.steps, neighboring) for s in segments)
+    if len(segments) < 2 or any(segment.noise_multiplier == 0 for segment in segments):
+        alone = [epsilon(s.noise_multiplier, s.sample_rate, s.steps, delta, neighboring, interval) for s in segments]
+        return max(alone, default=0.0)
+    grid = max(discretization_interval(segment.noise_multiplier, interval) for segment in segments)
+    accountant = PLDAccountant(RELATIONS[neighboring], value_discretization_interval=grid)
+    for segment in segments:
+        accountant.compose(_event(segment.noise_multiplier, segment.sample_rate, segment.steps))
+    return float(accountant.get_epsilon(delta))
+
+
+def rdp_epsilon_of(segments: tuple[Segment, ...], delta: float, neighboring: str = "add_or_remove_one") -> float:
+    """A second, looser bound on the same ε, by Rényi DP.
+
+    Raises:
+        dp_accounting.UnsupportedEventError: RDP does not cover these events.
+    """
+    accountant = RdpAccountant(_RDP_ORDERS, RELATIONS[neighboring])
+    for segment in segments:
+        accountant.compose(_event(segment.noise_multiplier, segment.sample_rate, segment.steps))
+    return float(accountant.get_epsilon(delta))
+
+
+def calibrate_after(
+    spent: tuple[Segment, ...],
+    target_epsilon: float,
+    target_delta: float,
+    sample_rate: float,
+    steps: int,
+    neighboring: str,
+    mechanism: str = "gaussian",
+) -> float:
+    """The smallest σ, to 0.1 %, with which `steps` more releases after `spent` stay within `target_epsilon`.
+
+    Raises:
+        DPZeroError: `spent` leaves next to nothing.
+    """
+    before = epsilon_of(spent, target_delta, neighboring, mechanism=mechanism)
+    if before >= target_epsilon:
+        raise DPZeroError(
+            f"The releases made so far cost ε={before:.4g} of target_epsilon={target_epsilon:g}, which leaves none for "
+            f"{steps} more: raise target_epsilon."
+        )
+    if mechanism == "laplace":
+        return laplace_noise_multiplier(target_epsilon - before, sample_rate, steps, neighboring)
+
+    def proven(sigma: float) -> bool:
+        return epsilon_of((*spent, Segment(sigma, sample_rate, steps)), target_delta, neighboring) <= target_epsilon
+
+    # Alone they would need at least this much.
+    low = calibrate_noise_multiplier(target_epsilon, target_delta, sample_rate, steps, neighboring)
+    if not spent:
+        return low
+    high = low
+    while not proven(high):
+        low, high = high, high * 2
+        if high > 1e4 * steps:
+            raise DPZeroError(
+                f"The releases made so far cost ε={before:.4g} of target_epsilon={target_epsilon:g}, which leaves too "
+                f"little for {steps} more: raise target_epsilon."
+            )
+    while high - low > TOLERANCE * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if proven(middle) else (middle, high)
+    return high
+
+
+def affordable_steps(
+    spent: tuple[Segment, ...],
+    target_epsilon: float,
+    target_delta: float,
+    segment: Segment,
+    neighboring: str,
+    mechanism: str = "gaussian",
+) -> int:
+    """How many of `segment`'s releases fit within `target_epsilon` after `spent`: the next one would pass it."""
+
+    def fits(steps: int) -> bool:
+        more = Segment(segment.noise_multiplier, segment.sample_rate, steps)
+        return epsilon_of((*spent, more), target_delta, neighboring, mechanism=mechanism) <= target_epsilon
+
+    return _largest(fits, segment.steps)
+
+
+def _largest(fits: Callable[[int], bool], high: int) -> int:
+    """The largest n in 0 … `high` that fits, where all below a fitting one fit too; 0 is taken to fit."""
+    low = 0
+    while low < high:
+        middle = high if low == 0 and fits(high) else (low + high + 1) // 2
+        if middle == high or fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 def _event(noise_multiplier: float, sample_rate: float, steps: int) -> SelfComposedDpEvent:
     return SelfComposedDpEvent(PoissonSampledDpEvent(sample_rate, GaussianDpEvent(noise_multiplier)), steps)
 
@@ -135,97 +254,3 @@ def _rdp_noise_multiplier(target_epsilon: float, target_delta: float, sample_rat
         middle = math.sqrt(low * high)
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high
-
-
-@dataclass(frozen=True)
-class PrivacyPlan:
-    """What couples sampling, noise and accounting, decided once before the first step.
-
-    Attributes:
-        config: with `noise_multiplier` calibrated.
-        num_units: N. expected_batch_size: B. sample_rate: q = B / N. steps: T.
-        loss_interval: steps between released losses, with train_loss="private".
-    """
-
-    config: DPZeroConfig
-    num_units: int
-    expected_batch_size: int
-    steps: int
-    loss_interval: int = 0
-
-    @property
-    def sample_rate(self) -> float:
-        """q = B / N."""
-        return self.expected_batch_size / self.num_units
-
-    @property
-    def noise_multiplier(self) -> float:
-        """σ."""
-        assert self.config.noise_multiplier is not None
-        return self.config.noise_multiplier
-
-    def epsilon(self, steps: int | None = None, interval: float = INTERVAL) -> float:
-        """The ε that `steps` releases (all T by default) cost; inf where nothing is guaranteed."""
-        if not self.config.is_private:
-            return math.inf
-        assert self.config.target_delta is not None
-        count = self.steps if steps is None else steps
-        if self.config.mechanism == "laplace":
-            return laplace_epsilon(self.noise_multiplier, self.sample_rate, count, self.config.neighboring)
-        return epsilon(
-            self.noise_multiplier,
-            self.sample_rate,
-            count,
-            self.config.target_delta,
-            self.config.neighboring,
-            interval,
-        )
-
-
-def make_plan(
-    config: DPZeroConfig, num_units: int, expected_batch_size: int, steps: int, loss_interval: int = 0
-) -> PrivacyPlan:
-    """Checks the run's sizes and calibrates σ if an ε is asked for.
-
-    Args:
-        config: the user's settings.
-        num_units: N, privacy units in the training data.
-        expected_batch_size: B, the logical batch, in units.
-        steps: T.
-        loss_interval: steps between released losses; needed, and used, with train_loss="private" only.
-
-    Raises:
-        DPZeroError: an empty data set, a batch larger than the data, δ of 1/N or more, or no steps.
-    """
-    if num_units < 1:
-        raise DPZeroError("train_dataset is empty: there is nothing to train on.")
-    if steps < 1:
-        raise DPZeroError("The run has no steps: set max_steps or num_train_epochs above 0.")
-    if config.train_loss == "private" and loss_interval < 1:
-        raise DPZeroError("train_loss='private' needs the steps between two released losses: set logging_steps.")
-    noun = "examples" if config.privacy_unit is None else f"different values of {config.privacy_unit!r}"
-    if expected_batch_size > num_units:
-        raise DPZeroError(
-            f"The logical batch ({expected_batch_size} = per_device_train_batch_size × gradient_accumulation_steps × "
-            f"processes) is larger than the data ({num_units} {noun}): lower one of them."
-        )
-    assert config.target_delta is not None
-    if config.is_private and config.target_delta >= 1 / num_units:
-        raise DPZeroError(
-            f"target_delta={config.target_delta:g} is not below 1/N = {1 / num_units:.3g}: such a δ would allow "
-            f"publishing somebody's data outright. Use at most {0.1 / num_units:.1g}."
-        )
-    if config.noise_multiplier is None:
-        rate = expected_batch_size / num_units
-        config = config.replace(target_epsilon=None, noise_multiplier=_calibrated(config, rate, steps))
-    return PrivacyPlan(config, num_units, expected_batch_size, steps, loss_interval)
-
-
-def _calibrated(config: DPZeroConfig, sample_rate: float, steps: int) -> float:
-    assert config.target_epsilon is not None
-    assert config.target_delta is not None
-    if config.mechanism == "laplace":
-        return laplace_noise_multiplier(config.target_epsilon, sample_rate, steps, config.neighboring)
-    return calibrate_noise_multiplier(
-        config.target_epsilon, config.target_delta, sample_rate, steps, config.neighboring
-    )

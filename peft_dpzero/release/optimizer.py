@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -39,11 +39,41 @@ class DPZeroOptimizer(torch.optim.Optimizer):
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {momentum!r}.")
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self._pending: tuple[Released, Perturbation] | None = None
+        self._pending: tuple[Released, Perturbation, tuple[float, ...]] | None = None
 
-    def load(self, released: Released, perturbation: Perturbation) -> None:
-        """Hands over one step's release; the next `step` applies it, once."""
-        self._pending = (released, perturbation)
+    @property
+    def learning_rates(self) -> tuple[float, ...]:
+        """η of each group, as of now."""
+        return tuple(float(group["lr"]) for group in self.param_groups)
+
+    def settings(self, perturbation: Perturbation) -> list[dict[str, Any]]:
+        """What the update depends on besides η: weight decay, momentum and parameter names of each group."""
+        names = {parameter: name for name, parameter in perturbation.parameters.items()}
+        return [
+            {
+                "weight_decay": group["weight_decay"],
+                "momentum": group["momentum"],
+                "params": [names[parameter] for parameter in group["params"] if parameter in names],
+            }
+            for group in self.param_groups
+        ]
+
+    def load(
+        self, released: Released, perturbation: Perturbation, learning_rates: Sequence[float] | None = None
+    ) -> None:
+        """Hands over one step's release; the next `step` applies it, once.
+
+        Args:
+            released: the release.
+            perturbation: over the parameters.
+            learning_rates: one a group, or one for all, for a release out of a journal; None takes the groups' own.
+        """
+        rates = tuple(self.learning_rates if learning_rates is None else learning_rates)
+        if len(rates) == 1:
+            rates *= len(self.param_groups)
+        if len(rates) != len(self.param_groups):
+            raise ValueError(f"{len(rates)} learning rates for {len(self.param_groups)} groups of parameters.")
+        self._pending = (released, perturbation, rates)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -54,17 +84,17 @@ class DPZeroOptimizer(torch.optim.Optimizer):
         """
         if self._pending is None:
             raise RuntimeError("No release is loaded: each one updates the parameters exactly once.")
-        released, perturbation = self._pending
+        released, perturbation, rates = self._pending
         self._pending = None
         names = {parameter: name for name, parameter in perturbation.parameters.items()}
         values: dict[str, Tensor] = {}
         updates: dict[str, Callable[[slice, Tensor], None]] = {}
-        for group in self.param_groups:
+        for group, rate in zip(self.param_groups, rates, strict=True):
             for parameter in group["params"]:
                 if parameter in names:
                     name = names[parameter]
                     values[name] = self._value(parameter)
-                    updates[name] = self._update(parameter, values[name].view(-1), group)
+                    updates[name] = self._update(parameter, values[name].view(-1), group, rate)
 
         def apply(name: str, part: slice, gradient: Tensor) -> None:
             if name in updates:
@@ -87,9 +117,11 @@ class DPZeroOptimizer(torch.optim.Optimizer):
         master: Tensor = state["master"]
         return master
 
-    def _update(self, parameter: Tensor, value: Tensor, group: dict[str, Any]) -> Callable[[slice, Tensor], None]:
+    def _update(
+        self, parameter: Tensor, value: Tensor, group: dict[str, Any], rate: float
+    ) -> Callable[[slice, Tensor], None]:
         """How a piece of a flattened value takes its piece of the estimate, which is overwritten."""
-        rate, decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
+        decay, momentum = group["weight_decay"], group["momentum"]
         if momentum:
             velocity = (
                 self.state[parameter].setdefault("momentum", torch.zeros_like(value).view(parameter.shape)).view(-1)

@@ -12,8 +12,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from peft_dpzero.mechanism.accountant import ACCOUNTANT, PrivacyPlan, accountant_version, discretization_interval
+from peft_dpzero.mechanism.accountant import ACCOUNTANT, accountant_version, discretization_interval
 from peft_dpzero.mechanism.clipping import SENSITIVITY
+from peft_dpzero.mechanism.plan import PrivacyPlan
 
 RECORD_NAME = "privacy_record.json"
 CARD_NAME = "README.md"
@@ -27,8 +28,9 @@ _NEIGHBORS = {
 def privacy_record(plan: PrivacyPlan, steps: int, losses: Mapping[int, float] | None = None) -> dict[str, Any]:
     """The JSON-ready record of a run that has made `steps` releases.
 
-    `epsilon` is what the accountant proves for them, or null where nothing is guaranteed. `losses` are the private mean
-    losses, by the number of steps done.
+    `epsilon` is what the accountant proves for them, or null where nothing is guaranteed. `segments` is what it
+    composes: one entry, or several if the run was continued; `noise_multiplier` and `sample_rate` are then the last
+    one's. `losses` are the private mean losses, by the number of steps done.
     """
     config = plan.config
     spent = plan.epsilon(steps)
@@ -40,6 +42,7 @@ def privacy_record(plan: PrivacyPlan, steps: int, losses: Mapping[int, float] | 
         "noise_multiplier": plan.noise_multiplier,
         "sample_rate": plan.sample_rate,
         "steps": steps,
+        "segments": [asdict(segment) for segment in plan.segments(steps)],
         "planned_steps": plan.steps,
         "neighboring": config.neighboring,
         "mechanism": f"poisson_sampled_discrete_{config.mechanism}",
@@ -76,7 +79,7 @@ def _accountant(plan: PrivacyPlan) -> dict[str, Any]:
     if plan.config.mechanism == "laplace":
         formula = _LARGEST_LOSS[plan.config.neighboring]
         return {"name": "sum of the releases' largest privacy losses", "per_step": formula}
-    interval = discretization_interval(plan.noise_multiplier)
+    interval = max(discretization_interval(segment.noise_multiplier) for segment in plan.segments())
     return {"name": ACCOUNTANT, "version": accountant_version(), "value_discretization_interval": interval}
 
 
@@ -232,20 +235,3 @@ def _statement(record: dict[str, Any]) -> list[str]:
         f"Poisson samples, computed by {accountant}. The released values, the directions "
         "and the weights are all public; the weights are a function of the other two and of the base model.",
     ]
-
-
-def plan_header(plan: PrivacyPlan, trainable: list[tuple[str, list[int]]]) -> dict[str, Any]:
-    """The public facts that open a run's journal.
-
-    Args:
-        plan: the run's plan.
-        trainable: name and shape of each perturbed parameter, in order.
-    """
-    return {
-        "config": {k: str(v) if v == math.inf else v for k, v in asdict(plan.config).items()},
-        "sample_rate": plan.sample_rate,
-        "expected_batch_size": plan.expected_batch_size,
-        "steps": plan.steps,
-        "loss_interval": plan.loss_interval,
-        "trainable": trainable,
-    }
