@@ -3,7 +3,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 REVIEWS := .cache/vaderSentiment-3.3.2.tar.gz
 
-.PHONY: demo test lint docs unit clean
+.PHONY: demo test lint docs unit bench clean
 
 demo: $(VENV)/.ready $(REVIEWS)
 	$(RUN)/python integrations/trainer/movie_reviews.py --reviews $(REVIEWS) --output runs/demo
@@ -20,6 +20,14 @@ docs: $(VENV)/.ready
 
 unit: $(VENV)/.ready
 	$(RUN)/pytest -n 2 --dist loadfile
+
+# BENCH="--quick", BENCH="--only gemma_lora" and the like go through to the script.
+bench: $(VENV)/.bench $(REVIEWS)
+	PYTHONPATH=. $(RUN)/python tests/benchmarks/run.py $(BENCH)
+
+$(VENV)/.bench: $(VENV)/.ready
+	$(RUN)/pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	touch $@
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,62 @@
+"""Our step, built from the public API as a user's own loop builds it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from peft_dpzero import (
+    DPZeroConfig,
+    DPZeroOptimizer,
+    LogicalBatches,
+    Losses,
+    Perturbation,
+    PoissonSampler,
+    PrivateStep,
+    make_plan,
+)
+from workloads import Row, Workload
+
+STEPS = 100_000
+
+
+class Batches:
+    """Which rows a step reads: a Poisson sample under a key that is known, so that all contenders get the same ones."""
+
+    def __init__(self, workload: Workload, key: bytes = b"benchmark") -> None:
+        self.rows = workload.rows
+        self.sampler = PoissonSampler(len(workload.rows), workload.batch_size / len(workload.rows), key)
+
+    def __call__(self, step: int) -> list[Row]:
+        return [self.rows[i] for i in self.sampler.draw(step)]
+
+
+class Ours:
+    """`PrivateStep` and the optimizer's update: sampling, directions, passes, clipping, noise and all."""
+
+    def __init__(self, workload: Workload, num_directions: int, **settings: Any) -> None:
+        config = DPZeroConfig(
+            noise_multiplier=1.0, target_delta=1e-5, num_directions=num_directions, clipping_threshold=200.0, **settings
+        )
+        plan = make_plan(config, len(workload.rows), workload.batch_size, STEPS)
+        perturbation = Perturbation(workload.model, config.direction_seed, config.direction_distribution)
+        self.optimizer = DPZeroOptimizer(perturbation.parameters.values(), lr=1e-6)
+        batches = LogicalBatches(workload.rows, Batches(workload).sampler, workload.collate, workload.micro_batch_size)
+        device = next(workload.model.parameters()).device
+        losses = Losses(workload.model, workload.task, partial(send_to_device, device=device))
+        self.step = PrivateStep(workload.model, plan, batches, losses, perturbation, self.optimizer)
+
+    def __call__(self, number: int, rows: list[Row]) -> None:
+        self.step(number)
+        self.optimizer.step()
+
+
+def no_grad_evaluation(workload: Workload, rows: list[Row]) -> None:
+    """What the Trainer's evaluation would run: padded micro-batches of rows sorted by length, losses and all."""
+    ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
+    with torch.no_grad():
+        for start in range(0, len(ordered), workload.micro_batch_size):
+            batch = workload.collate(ordered[start : start + workload.micro_batch_size])
+            workload.task.losses(workload.model(**workload.task.inputs(batch)), batch)
