@@ -24,13 +24,8 @@ def clip(differences: Tensor, clipping_threshold: float) -> Tensor:
 
     Returns: (n, K) float64.
     """
-    finite = torch.isfinite(differences).all(dim=1, keepdim=True)
-    rows = torch.where(finite, differences, 0.0)
-    # Scaling by the largest entry first keeps the squares from overflowing.
-    largest = rows.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    norm = (rows / largest).norm(dim=1, keepdim=True) * largest
-    factor: Tensor = (clipping_threshold / norm).clamp(max=1.0)
-    return rows * factor
+    rows, direction, fits = _polar(differences, clipping_threshold)
+    return torch.where(fits, rows, direction * clipping_threshold)
 
 
 def clip_to_grid(differences: Tensor, clipping_threshold: float) -> Tensor:
@@ -45,12 +40,24 @@ def clip_to_grid(differences: Tensor, clipping_threshold: float) -> Tensor:
     Raises:
         RuntimeError: the check failed, which would be a bug here; no value is shown.
     """
-    units = clip(differences / clipping_threshold, 1.0).mul(float(SENSITIVITY)).trunc().to(torch.int64)
+    rows, direction, fits = _polar(differences, clipping_threshold)
+    units = torch.where(fits, rows / clipping_threshold, direction).mul(float(SENSITIVITY)).trunc().to(torch.int64)
     # Rounding in floating point can leave a row a hair above the bound: one step toward zero mends it.
     units = torch.where(_too_long(units), units - units.sign(), units)
     if bool(_too_long(units).any()):
         raise RuntimeError("A clipped row exceeds the sensitivity bound: please report this as a bug.")
     return units
+
+
+def _polar(differences: Tensor, clipping_threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows with 0 for those that are not finite, the rows over their norms, and which rows are within C."""
+    finite = torch.isfinite(differences).all(dim=1, keepdim=True)
+    rows = torch.where(finite, differences, 0.0)
+    # A row over its largest entry has a norm from 1 to √K: neither its squares nor d / C can overflow.
+    largest = rows.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    scaled = rows / largest
+    norm = scaled.norm(dim=1, keepdim=True)
+    return rows, scaled / norm, largest <= clipping_threshold / norm
 
 
 def _too_long(units: Tensor) -> Tensor:
