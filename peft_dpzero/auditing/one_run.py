@@ -167,11 +167,9 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     def _rows(self, step: int, perturbation: Perturbation) -> np.ndarray:
         """The canaries' clipped differences over C: (m, K) float64."""
         trainer, config = self.trainer, self.trainer.dpzero_config
-        columns = trainer._signature_columns or self.canaries[0].keys()
+        collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
         size = trainer.args.per_device_train_batch_size
-        kept = [{key: row[key] for key in row if key in columns} for row in self.canaries]
-        # One length a micro-batch at most, and in the canaries' order.
-        batches = [trainer.data_collator(kept[i : i + size]) for i in range(0, len(kept), size)]
+        batches = [collate(self.canaries[i : i + size]) for i in range(0, len(self.canaries), size)]
         differences = estimate_differences(
             Losses(trainer.model, trainer.task, trainer._prepare_inputs),
             batches,
