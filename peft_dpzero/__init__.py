@@ -1,5 +1,7 @@
 """Differentially private fine-tuning of Hugging Face models with forward passes only (DPZero)."""
 
+from peft_dpzero.auditing.bounds import epsilon_lower_bound
+from peft_dpzero.auditing.one_run import AuditResult, audit
 from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError, PrivateStepError
 from peft_dpzero.estimation.batching import LogicalBatches
@@ -28,6 +30,7 @@ from peft_dpzero.step import PrivateStep
 from peft_dpzero.trainer import DPZeroTrainer, DPZeroTrainerMixin
 
 __all__ = [
+    "AuditResult",
     "ClassificationTask",
     "DPZeroConfig",
     "DPZeroError",
@@ -48,6 +51,8 @@ __all__ = [
     "Task",
     "TokenTask",
     "Verbalizer",
+    "audit",
+    "epsilon_lower_bound",
     "infer_task",
     "make_plan",
     "new_secret",

@@ -1,4 +1,4 @@
-"""The command line: `peft-dpzero plan` and `peft-dpzero train`. Errors are one line; exit status 2 if the user can mend
+"""The command line: `peft-dpzero plan`, `train` and `audit`. Errors are one line; exit status 2 if the user can mend
 them, 1 if not, 130 after Ctrl-C."""
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.progress import track
 
+from peft_dpzero.cli_audit import audit_command
 from peft_dpzero.cli_plan import Choices, default_delta, default_step_counts, numbers, summary
 from peft_dpzero.cli_settings import read_settings
 from peft_dpzero.cli_train import TrainingRun
@@ -29,6 +30,9 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+
+
+app.command("audit")(audit_command)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,24 @@ class TrainingRun:
     def train(self) -> Table:
         """Trains, saves and evaluates. Returns the table of results."""
         settings = self.settings
+        trainer = self.trainer()
+        with withheld("training"):
+            trainer.train(resume_from_checkpoint=settings.training.resume_from_checkpoint or self.resume or None)
+        with explained(f"the result cannot be saved in {settings.training.output_dir}"):
+            trainer.save_model()
+        metrics = {}
+        if trainer.eval_dataset is not None:
+            with withheld("evaluating"):
+                metrics = trainer.evaluate()
+        return results(trainer.privacy_record(), metrics)
+
+    def trainer(self, prepare: Callable[[Any], Any] | None = None) -> DPZeroTrainer:
+        """The run's trainer.
+
+        Args:
+            prepare: makes the training data out of the tokenised rows; None leaves them as they are.
+        """
+        settings = self.settings
         names, tables = self._tables()
         # The adapter's start is public, and resuming needs the same one.
         set_seed(settings.training.seed)
@@ -72,25 +91,16 @@ class TrainingRun:
         encoder = self._encoder(model)
         datasets = {part: encode(table, encoder) for part, table in tables.items()}
         with explained("training"):
-            trainer = DPZeroTrainer(
+            return DPZeroTrainer(
                 model=model,
                 args=settings.training,
-                train_dataset=datasets["train"],
+                train_dataset=prepare(datasets["train"]) if prepare else datasets["train"],
                 eval_dataset=datasets.get("eval"),
                 data_collator=self._collator(),
                 compute_metrics=accuracy if settings.classifies else None,
                 dpzero_config=settings.dpzero,
                 per_example_loss=self.verbalizer,
             )
-        with withheld("training"):
-            trainer.train(resume_from_checkpoint=settings.training.resume_from_checkpoint or self.resume or None)
-        with explained(f"the result cannot be saved in {settings.training.output_dir}"):
-            trainer.save_model()
-        metrics = {}
-        if "eval" in datasets:
-            with withheld("evaluating"):
-                metrics = trainer.evaluate()
-        return results(trainer.privacy_record(), metrics)
 
     def _check_output_folder(self) -> None:
         folder = Path(self.settings.training.output_dir)

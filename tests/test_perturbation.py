@@ -102,7 +102,7 @@ def updated(threads: int, kept: int, dtype: torch.dtype, distribution: str, monk
     torch.set_num_threads(threads)
     try:
         for step in range(3):
-            optimizer.load(Released(step, (1, 2, 3), (0.3, -1.7, 0.01)), perturbation)
+            optimizer.load(Released(step, (1, 2, 3), (0.3, -1.7, 0.01), 1.0), perturbation)
             optimizer.step()
     finally:
         torch.set_num_threads(before)
@@ -243,7 +243,7 @@ def test_a_streamed_step_needs_one_modules_memory() -> None:
     def step(perturbation: Perturbation) -> None:
         with perturbation.at(0, 0, 1e-3):
             run()
-        optimizer.load(Released(0, (1, 2), (1.0, 2.0)), perturbation)
+        optimizer.load(Released(0, (1, 2), (1.0, 2.0), 1.0), perturbation)
         optimizer.step()
 
     streamed = Perturbation(model).find_streamed(run)

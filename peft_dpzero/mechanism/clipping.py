@@ -17,13 +17,6 @@ def grid_unit(clipping_threshold: float) -> float:
     return clipping_threshold / SENSITIVITY
 
 
-def norms(rows: Tensor) -> Tensor:
-    """L2 norms of rows without overflow: (n, K) → (n, 1) float64."""
-    largest = rows.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    scaled: Tensor = rows / largest
-    return scaled.square().sum(dim=1, keepdim=True).sqrt() * largest
-
-
 def clip(differences: Tensor, clipping_threshold: float) -> Tensor:
     """v_i = d_i · min(1, C / ‖d_i‖₂), and 0 where a unit's row is not finite.
 
@@ -33,21 +26,34 @@ def clip(differences: Tensor, clipping_threshold: float) -> Tensor:
 
     Returns: (n, K) float64.
     """
-    rows = _finite(differences)
-    return rows * (clipping_threshold / norms(rows)).clamp(max=1.0)
+    rows = _Polar(differences, clipping_threshold)
+    return torch.where(rows.fits, rows.cartesian, rows.direction * clipping_threshold)
 
 
-def normalise(differences: Tensor, clipping_threshold: float) -> Tensor:
-    """v_i = C · d_i / (‖d_i‖₂ + 0.01·C), automatic clipping (Bu et al. 2023); 0 where a row is not finite.
+def clipped_over_threshold(differences: Tensor, clipping_threshold: float) -> tuple[Tensor, Tensor]:
+    """clip(d_i) / C, of norm at most 1 but for rounding, whatever the scales of d and C.
+
+    Args:
+        differences: (n, K) float64; rows that are not finite give 0.
+        clipping_threshold: C, finite and above 0.
+
+    Returns: (n, K) float64, and whether each row was within C, (n, 1) bool.
+    """
+    rows = _Polar(differences, clipping_threshold)
+    return torch.where(rows.fits, rows.cartesian / clipping_threshold, rows.direction), rows.fits
+
+
+def normalised(differences: Tensor, clipping_threshold: float) -> Tensor:
+    """d_i / (‖d_i‖₂ + 0.01·C): automatic clipping (Bu et al. 2023), over C. 0 where a row is not finite.
 
     Args:
         differences: (n, K) float64.
         clipping_threshold: C, finite and above 0.
 
-    Returns: (n, K) float64.
+    Returns: (n, K) float64, of norm below 1 but for rounding.
     """
-    rows = _finite(differences)
-    return rows * (clipping_threshold / (norms(rows) + STABILITY * clipping_threshold))
+    rows = _Polar(differences, clipping_threshold)
+    return rows.direction / (1.0 + STABILITY * rows.threshold_over_norm)
 
 
 def to_grid(contributions: Tensor) -> Tensor:
@@ -78,11 +84,23 @@ def clip_to_grid(differences: Tensor, clipping_threshold: float) -> Tensor:
 
     Returns: (n, K) int64 whose rows have squared norm at most 2⁴⁰, checked in integers.
     """
-    return to_grid(clip(differences / clipping_threshold, 1.0))
+    return to_grid(clipped_over_threshold(differences, clipping_threshold)[0])
 
 
-def _finite(rows: Tensor) -> Tensor:
-    return torch.where(torch.isfinite(rows).all(dim=1, keepdim=True), rows, 0.0)
+class _Polar:
+    """Rows as norm and direction, such that neither squares nor d / C can overflow; 0 for rows that are not finite."""
+
+    def __init__(self, differences: Tensor, clipping_threshold: float) -> None:
+        tiny = torch.finfo(torch.float64).tiny
+        finite = torch.isfinite(differences).all(dim=1, keepdim=True)
+        self.cartesian = torch.where(finite, differences, 0.0)
+        # A row over its largest entry has a norm from 1 to √K.
+        largest = self.cartesian.abs().amax(dim=1, keepdim=True).clamp(min=tiny)
+        scaled = self.cartesian / largest
+        norm = scaled.norm(dim=1, keepdim=True)
+        self.direction: Tensor = scaled / norm.clamp(min=tiny)
+        self.fits: Tensor = largest <= clipping_threshold / norm
+        self.threshold_over_norm: Tensor = clipping_threshold / norm / largest
 
 
 def _too_long(units: Tensor) -> Tensor:

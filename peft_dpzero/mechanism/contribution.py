@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from peft_dpzero.config import DPZeroConfig
-from peft_dpzero.mechanism.clipping import SENSITIVITY, clip, normalise, norms, to_grid
+from peft_dpzero.mechanism.clipping import SENSITIVITY, clipped_over_threshold, normalised, to_grid
 
 # a and b: shares of the squared norm.
 LOSS_SHARE = 0.1
@@ -58,16 +58,16 @@ class Contributions:
 
         Returns: (n, K to K + 2) int64, squared norms at most 2⁴⁰.
         """
-        scaled = differences / threshold
-        bound = normalise if self.config.clipping == "automatic" else clip
-        columns = [self.difference_weight(step) * bound(scaled, 1.0)]
-        usable = torch.isfinite(scaled).all(dim=1)
+        clipped, within = clipped_over_threshold(differences, threshold)
+        bounded = normalised(differences, threshold) if self.config.clipping == "automatic" else clipped
+        columns = [self.difference_weight(step) * bounded]
+        usable = torch.isfinite(differences).all(dim=1)
         if self.releases_loss(step):
             share = losses.div(self.config.loss_clipping_threshold).clamp(0.0, 1.0)
             columns.append(math.sqrt(LOSS_SHARE) * share[:, None])
             usable = usable & torch.isfinite(losses)
         if self.counts:
-            columns.append(math.sqrt(COUNT_SHARE) * torch.where(norms(scaled) <= 1.0, 1.0, -1.0))
+            columns.append(math.sqrt(COUNT_SHARE) * torch.where(within, 1.0, -1.0).to(differences))
         return to_grid(torch.where(usable[:, None], torch.cat(columns, dim=1), 0.0))
 
     def loss(self, step: int, values: Sequence[float], expected_batch_size: float) -> float | None:
