@@ -69,7 +69,7 @@ def test_impossible_plans_are_refused(units: int, batch: int, steps: int, words:
         ({"difference": "backward"}, "difference"),
         ({"neighboring": "remove"}, "neighboring"),
         ({"deterministic": "yes"}, "deterministic"),
-        ({"noise_multiplier": 1.0}, "noise_multiplier"),
+        ({"noise_multiplier": -1.0}, "noise_multiplier"),
     ],
 )
 def test_wrong_values_name_their_field(changes: dict[str, object], field: str) -> None:
