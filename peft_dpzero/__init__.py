@@ -26,11 +26,13 @@ from peft_dpzero.release.optimizer import DPZeroOptimizer
 from peft_dpzero.release.record import privacy_record, save_card, save_record
 from peft_dpzero.release.replay import replay_journal
 from peft_dpzero.release.start import save_start
+from peft_dpzero.release.verify import Check, verify
 from peft_dpzero.step import PrivateStep
 from peft_dpzero.trainer import DPZeroTrainer, DPZeroTrainerMixin
 
 __all__ = [
     "AuditResult",
+    "Check",
     "ClassificationTask",
     "DPZeroConfig",
     "DPZeroError",
@@ -63,4 +65,5 @@ __all__ = [
     "save_record",
     "save_start",
     "sealed",
+    "verify",
 ]

@@ -1,5 +1,7 @@
-"""The command line: `peft-dpzero plan`, `train` and `audit`. Errors are one line; exit status 2 if the user can mend
-them, 1 if not, 130 after Ctrl-C."""
+"""The command line: `peft-dpzero plan`, `train`, `verify`, `replay` and `audit`.
+
+Errors are one line; exit status 2 if the user can mend them, 1 if not, 130 after Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,7 @@ from peft_dpzero.cli_audit import audit_command
 from peft_dpzero.cli_plan import Choices, default_delta, default_step_counts, numbers, summary
 from peft_dpzero.cli_settings import read_settings
 from peft_dpzero.cli_train import TrainingRun
+from peft_dpzero.cli_verify import replay_command, verify_command
 from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.mechanism.plan import make_plan
@@ -100,6 +103,10 @@ def train(
         console = Console()
         console.print(results)
         console.print(f"Saved in {settings.training.output_dir}", soft_wrap=True, highlight=False)
+
+
+app.command("verify")(verify_command)
+app.command("replay")(replay_command)
 
 
 def main() -> None:

@@ -21,7 +21,6 @@ from transformers import (
     EvalPrediction,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from peft_dpzero.cli_checks import explained, withheld
 from peft_dpzero.cli_data import Encoder, class_names, encode, load_table, token_limit, with_class_indices
@@ -107,10 +106,8 @@ class TrainingRun:
         if folder.exists() and not folder.is_dir():
             raise DPZeroError(f"training.output_dir: {folder} is a file; name a folder.")
         if self.resume:
-            if not self.settings.training.resume_from_checkpoint and not (
-                folder.is_dir() and get_last_checkpoint(folder)
-            ):
-                raise DPZeroError(f"There is no checkpoint in {folder} to resume from: train without --resume.")
+            if not (self.settings.training.resume_from_checkpoint or (folder / JOURNAL_NAME).exists()):
+                raise DPZeroError(f"There is no journal in {folder} to resume from: train without --resume.")
         elif (folder / JOURNAL_NAME).exists():
             raise DPZeroError(
                 f"{folder} holds the releases of an earlier run: add --resume to go on with it, or set another "

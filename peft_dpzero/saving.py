@@ -15,7 +15,7 @@ from peft_dpzero.errors import DPZeroError
 from peft_dpzero.perturbation import Perturbation
 from peft_dpzero.release.bundle import RELEASED_FILES, copy_evidence, sealed
 from peft_dpzero.release.journal import Journal
-from peft_dpzero.release.record import save_card, save_record
+from peft_dpzero.release.record import CARD_NAME, save_card, save_record
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Host
@@ -23,6 +23,15 @@ else:
     _Host = object
 
 PUSH_FORMATS = ("weights", "journal")
+_REBUILDING = """
+## How to get the weights
+
+This repository holds no weights: the base model and the journal make them again, with peft_dpzero installed.
+
+```bash
+peft-dpzero replay {base} THIS_REPOSITORY OUT
+```
+"""
 
 
 class SavingMixin(_Host):  # type: ignore[misc]
@@ -49,10 +58,10 @@ class SavingMixin(_Host):  # type: ignore[misc]
         model.save_pretrained(folder, state_dict=state_dict)
         self._save_claims(folder)
 
-    def save_journal(self, output_dir: str) -> None:
+    def save_journal(self, output_dir: str, **card_data: Any) -> None:
         """Saves the model as its journal: kilobytes, from which `replay_journal` makes the weights again.
 
-        An adapter's folder also gets its starting weights.
+        An adapter's folder also gets its starting weights. `card_data`: as in `create_model_card`.
 
         Raises:
             DPZeroError: nothing was trained yet.
@@ -68,9 +77,11 @@ class SavingMixin(_Host):  # type: ignore[misc]
             model.peft_config[model.active_adapter].save_pretrained(folder)
         else:
             model.config.save_pretrained(folder)
-        self._save_claims(folder)
+        self._save_claims(folder, **card_data)
+        with (folder / CARD_NAME).open("a", encoding="utf-8") as card:
+            card.write(_REBUILDING.format(base=_hub_name(model) or "BASE"))
 
-    def _save_claims(self, folder: Path) -> None:
+    def _save_claims(self, folder: Path, **card_data: Any) -> None:
         self.dpzero_config.save_pretrained(folder)
         record = self.privacy_record()
         if self._journal is not None:
@@ -78,7 +89,7 @@ class SavingMixin(_Host):  # type: ignore[misc]
             step = self.state.global_step if self._weights_step is None else self._weights_step
             record = sealed(record, folder, self._journal, self._perturbation(), step)
         save_record(record, folder)
-        self._save_card(folder)
+        self._save_card(folder, **card_data)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -120,10 +131,9 @@ class SavingMixin(_Host):  # type: ignore[misc]
         where = {"token": token or self.args.hub_token, "revision": revision or self.args.hub_revision}
         if format == "journal":
             with tempfile.TemporaryDirectory() as folder:
-                self.save_journal(folder)
+                self.save_journal(folder, **card_data)
                 if not self.is_world_process_zero():
                     return None
-                self._save_card(Path(folder), **card_data)
                 self._finish_current_push()
                 return self._upload(folder, commit_message, **where)
         self.save_model(_internal_call=True)

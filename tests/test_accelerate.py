@@ -125,6 +125,7 @@ def test_the_saved_files_are_those_of_one_process(launched: Launched) -> None:
         "adapter_model.safetensors",
         "dpzero_config.json",
         "dpzero_journal",
+        "dpzero_start.safetensors",
         "privacy_record.json",
     }
     record = json.loads((launched.folder / "whole" / "privacy_record.json").read_text())

@@ -17,8 +17,11 @@ RELEASE = {
     "adapter_config.json",
     "adapter_model.safetensors",
     "dpzero_config.json",
+    "dpzero_journal",
+    "dpzero_start.safetensors",
     "privacy_record.json",
 }
+JOURNAL_RELEASE = {"README.md", "config.json", "dpzero_config.json", "dpzero_journal", "privacy_record.json"}
 
 
 def run(script: str, folder: Path, endpoint: str) -> None:
@@ -53,3 +56,12 @@ def test_a_pushed_adapter_is_the_release_alone_and_loads_back(tmp_path: Path) ->
         assert str(tmp_path) not in files["README.md"].decode()
 
         run("hub_load.py", tmp_path, hub.endpoint)
+
+
+def test_a_fully_tuned_model_is_pushed_as_kilobytes_and_rebuilt(tmp_path: Path) -> None:
+    with HubServer() as hub:
+        run("hub_journal.py", tmp_path, hub.endpoint)
+        files = hub.files("user/tuned-model")
+    assert set(files) - {".gitattributes"} == JOURNAL_RELEASE
+    assert sum(map(len, files.values())) < 20_000
+    assert "peft-dpzero replay" in files["README.md"].decode()

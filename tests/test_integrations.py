@@ -19,6 +19,7 @@ RELEASED = {
     "adapter_model.safetensors",
     "dpzero_config.json",
     "dpzero_journal",
+    "dpzero_start.safetensors",
     "privacy_record.json",
 }
 STEPS = 4

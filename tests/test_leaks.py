@@ -34,6 +34,8 @@ RELEASE = {
     "adapter_config.json",
     "adapter_model.safetensors",
     "dpzero_config.json",
+    "dpzero_journal",
+    "dpzero_start.safetensors",
     "privacy_record.json",
 }
 CHECKPOINT = RELEASE | {"optimizer.pt", "scheduler.pt", "trainer_state.json"}

@@ -1,12 +1,10 @@
-"""The optimizer against its formula, and the journal against damage."""
+"""The optimizer against its formula."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from peft_dpzero import DPZeroError, DPZeroOptimizer, Journal, Perturbation, Released
+from peft_dpzero import DPZeroOptimizer, Perturbation, Released
 from torch import nn
 
 
@@ -58,49 +56,3 @@ def test_small_updates_add_up_in_half_precision() -> None:
     torch.testing.assert_close(optimizer.state[model.weight]["master"].double(), 1 - total, rtol=1e-4, atol=1e-5)
     assert torch.equal(model.weight, optimizer.state[model.weight]["master"].bfloat16())
     assert not torch.equal(model.weight, torch.ones_like(model.weight))
-
-
-def written(path: Path) -> Journal:
-    journal = Journal(path, {"seed": 1})
-    for step in range(4):
-        journal.record(step, 0.1, [step, -step])
-    return journal
-
-
-def test_a_journal_is_read_back_and_goes_on(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    entries = written(path).entries
-    again = Journal(path, {"seed": 1})
-    assert again.entries == entries
-    again.record(4, 0.1, [9])
-    with pytest.raises(RuntimeError, match="Step 4"):
-        again.record(4, 0.1, [9])
-    assert len(Journal(path, {"seed": 1}).entries) == 5
-
-
-@pytest.mark.parametrize("cut", [1, 7, 60])
-def test_a_torn_last_line_is_dropped(cut: int, tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    written(path)
-    path.write_bytes(path.read_bytes()[:-cut])
-    journal = Journal(path, {"seed": 1})
-    assert len(journal.entries) == 3
-    journal.record(3, 0.1, [7])
-    assert len(Journal(path, {"seed": 1}).entries) == 4
-
-
-def test_damage_and_other_runs_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    written(path)
-    lines = path.read_bytes().splitlines(keepends=True)
-    for damaged in (
-        [*lines[:2], lines[2].replace(b"0.1", b"0.2"), *lines[3:]],
-        [*lines[:2], *lines[3:]],
-        [lines[0], lines[2], lines[1], *lines[3:]],
-    ):
-        path.write_bytes(b"".join(damaged))
-        with pytest.raises(DPZeroError, match="damaged at line"):
-            Journal(path, {"seed": 1})
-    path.write_bytes(b"".join(lines))
-    with pytest.raises(DPZeroError, match="other settings"):
-        Journal(path, {"seed": 2})
