@@ -91,7 +91,7 @@ def _from_script(path: Path) -> Callable[[AddCanaries], Any]:
     module = importlib.util.module_from_spec(spec)
     with withheld(f"running {path.name}"):
         spec.loader.exec_module(module)
-    build = getattr(module, SCRIPT_FUNCTION, None)
+    build: Callable[[AddCanaries], Any] | None = getattr(module, SCRIPT_FUNCTION, None)
     if not callable(build):
         raise DPZeroError(f"{path.name} defines no function {SCRIPT_FUNCTION}(add_canaries); see docs/audit.md.")
     return build
