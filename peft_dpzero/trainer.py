@@ -197,6 +197,12 @@ class DPZeroTrainerMixin(SavingMixin):
                 f"spent is unknown: put {JOURNAL_NAME} of that run into output_dir."
             )
 
+        if checkpoint is not None and _checkpoint_step(checkpoint) >= plan.steps:
+            raise DPZeroError(
+                f"The run is finished: its {plan.steps} releases are made, and {checkpoint} holds the model. To train "
+                "anew, which spends ε anew, use another output_dir."
+            )
+
     def _from_main_process(self, values: list[Any]) -> list[Any]:
         return list(broadcast_object_list(values)) if self.args.world_size > 1 else values
 

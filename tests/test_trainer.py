@@ -241,6 +241,13 @@ def test_a_folder_with_another_runs_journal_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, dpzero=config(noise_multiplier=2.0), max_steps=2).train()
 
 
+def test_a_finished_run_has_nothing_to_resume(tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
+    with pytest.raises(DPZeroError, match="run is finished"):
+        trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
+    assert len(journal(tmp_path)) == 2
+
+
 def test_a_checkpoint_without_its_journal_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train()
     (tmp_path / "dpzero_journal").unlink()
