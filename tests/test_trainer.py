@@ -241,6 +241,17 @@ def test_a_folder_with_another_runs_journal_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, dpzero=config(noise_multiplier=2.0), max_steps=2).train(resume_from_checkpoint=True)
 
 
+def test_resuming_a_finished_run_releases_nothing_more(tmp_path: Path) -> None:
+    first = trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    first.train()
+    released = (tmp_path / "dpzero_journal").read_bytes()
+    again = trainer(tmp_path, max_steps=2)
+    again.train(resume_from_checkpoint=True)
+    assert (tmp_path / "dpzero_journal").read_bytes() == released
+    assert torch.equal(weights(again.model), weights(first.model))
+
+
+
 def test_a_checkpoint_without_its_journal_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train()
     (tmp_path / "dpzero_journal").unlink()
