@@ -19,7 +19,8 @@ from peft_dpzero.streaming import streamable_parameters, streamed
 
 # Directions of a step are kept while they are together below this many entries (16 MiB of float32).
 KEPT_ENTRIES = 1 << 22
-# Below this many entries (256 MiB of float32) a copy of θ costs little, and serves all micro-batches of a pass.
+# Below this many entries (256 MiB of float32) a copy of θ costs little: it serves all micro-batches of a pass, and its
+# memory is used again by the next, since the system takes as long to hand out pages as threads take to fill them.
 STREAMED_ENTRIES = 1 << 26
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class Perturbation:
         self._wide = torch.float32
         for parameter in self.parameters.values():
             self._wide = torch.promote_types(self._wide, parameter.dtype)
+        self._spare: dict[str, Tensor] = {}
         self._kept_step = -1
         self._kept: dict[tuple[int, torch.device], Tensor] = {}
 
@@ -81,22 +83,32 @@ class Perturbation:
 
     @contextmanager
     def at(self, step: int, direction: int, scale: float) -> Iterator[None]:
-        """Within the block the model is at θ + scale·z; afterwards it is at θ, bit for bit."""
+        """Within the block the model is at θ + scale·z; afterwards it is at θ, bit for bit.
+
+        The perturbed copies may be overwritten by the next call: clone an output that is a view of a parameter.
+        """
         originals = {name: parameter.data for name, parameter in self.parameters.items()}
-        moved = {name: value for name, value in originals.items() if name not in self.streamed}
+        held = {name: value for name, value in originals.items() if name not in self.streamed}
         names = {parameter: name for name, parameter in self.parameters.items()}
+        copies, self._spare = self._spare, {}
 
         def perturbed(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-            some = [names[parameter] for parameter in parameters]
-            return list(self._moved({name: originals[name] for name in some}, step, direction, scale).values())
+            some = {names[parameter]: originals[names[parameter]] for parameter in parameters}
+            new = {name: _like(value) for name, value in some.items()}
+            self._move(some, new, step, direction, scale)
+            return list(new.values())
 
         try:
-            for name, copy in self._moved(moved, step, direction, scale).items():
+            copies = {name: _like(value, copies.get(name)) for name, value in held.items()}
+            self._move(held, copies, step, direction, scale)
+            for name, copy in copies.items():
                 self.parameters[name].data = copy
             with streamed(self.model, {self.parameters[n]: originals[n] for n in self.streamed}, perturbed):
                 yield
         finally:
             self._put_back(originals)
+            if self.directions.num_entries < STREAMED_ENTRIES:
+                self._spare = copies
 
     def _put_back(self, originals: Mapping[str, Tensor]) -> None:
         try:
@@ -144,12 +156,8 @@ class Perturbation:
         """
         names = self.parameters.keys() if names is None else names
         if self._keeps:
-            for device in {self.parameters[name].device for name in names}:
-                total = self._sum(coefficients, (self._vector(step, k, device) for k in coefficients))
-                for name in names:
-                    if self.parameters[name].device == device:
-                        z = self.directions.view(total, name).view(-1)
-                        action(name, slice(0, z.numel()), z)
+            for name, total in self._kept_sums(step, coefficients, names):
+                action(name, slice(0, total.numel()), total.view(-1))
             return
         on_cpu = [name for name in names if self.parameters[name].device.type == "cpu"]
         self.directions.visit(step, coefficients, action, on_cpu, self._wide)
@@ -174,6 +182,15 @@ class Perturbation:
             self._kept[key] = vector
         return self._kept[key]
 
+    def _kept_sums(
+        self, step: int, coefficients: Mapping[int, float], names: Collection[str]
+    ) -> Iterator[tuple[str, Tensor]]:
+        for device in {self.parameters[name].device for name in names}:
+            total = self._sum(coefficients, (self._vector(step, k, device) for k in coefficients))
+            for name in names:
+                if self.parameters[name].device == device:
+                    yield name, self.directions.view(total, name)
+
     def _sum(self, coefficients: Mapping[int, float], directions: Iterable[Tensor]) -> Tensor:
         terms = (z.to(self._wide).mul(c) for c, z in zip(coefficients.values(), directions, strict=True))
         total = next(terms)
@@ -181,18 +198,29 @@ class Perturbation:
             total.add_(term)
         return total
 
-    def _moved(self, originals: Mapping[str, Tensor], step: int, direction: int, scale: float) -> dict[str, Tensor]:
-        copies = {
-            name: torch.empty(value.shape, dtype=value.dtype, device=value.device) for name, value in originals.items()
-        }
+    def _move(
+        self, originals: Mapping[str, Tensor], copies: Mapping[str, Tensor], step: int, direction: int, scale: float
+    ) -> None:
+        """Writes originals + scale·z to `copies`."""
+        if self._keeps:
+            for name, shift in self._kept_sums(step, {direction: scale}, originals.keys()):
+                add_shift(originals[name], shift, out=copies[name])
+            return
         values = {name: value.reshape(-1) for name, value in originals.items()}
         flat = {name: copy.view(-1) for name, copy in copies.items()}
 
         def move(name: str, part: slice, shift: Tensor) -> None:
             add_shift(values[name][part], shift, out=flat[name][part])
 
-        self.visit(step, {direction: scale}, move, originals)
-        return copies
+        self.visit(step, {direction: scale}, move, originals.keys())
+
+
+def _like(value: Tensor, spare: Tensor | None = None) -> Tensor:
+    """Contiguous memory for a value of the same shape, dtype and device: `spare`, if it is such, or new."""
+    wanted = (value.shape, value.dtype, value.device, torch.is_inference_mode_enabled())
+    if spare is not None and (spare.shape, spare.dtype, spare.device, spare.is_inference()) == wanted:
+        return spare
+    return torch.empty(value.shape, dtype=value.dtype, device=value.device)
 
 
 def add_shift(value: Tensor, shift: Tensor, out: Tensor) -> None:

@@ -91,6 +91,23 @@ def test_parameters_come_back_from_an_interrupt_in_a_layer_or_while_directions_a
     assert_restored(model, before)
 
 
+@pytest.mark.parametrize("kept", [0, 1 << 22])
+def test_passes_nest_and_may_lie_in_inference_mode(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft_dpzero.perturbation.KEPT_ENTRIES", kept)
+    model = nn.Linear(300, 301)
+    before = bits(model)
+    perturbation = Perturbation(model)
+    z = [perturbation.z(0, k, "weight") for k in range(2)]
+    for mode in (True, False, True):
+        with torch.inference_mode(mode), perturbation.at(0, 0, 0.5):
+            first = before["weight"][1] + 0.5 * z[0]
+            assert torch.equal(model.weight, first)
+            with perturbation.at(0, 1, 0.25):
+                assert torch.equal(model.weight, first + 0.25 * z[1])
+            assert torch.equal(model.weight, first)
+    assert_restored(model, before)
+
+
 def updated(threads: int, kept: int, dtype: torch.dtype, distribution: str, monkeypatch: pytest.MonkeyPatch) -> Bits:
     monkeypatch.setattr("peft_dpzero.perturbation.KEPT_ENTRIES", kept)
     monkeypatch.setattr("peft_dpzero.directions._CHUNK_ENTRIES", 1 << 15)
