@@ -29,6 +29,7 @@ from floor import Floor, candidates
 from headlines import headlines
 from ours import Batches, Ours
 from reference import Reference
+from stacks import profiled, table
 from timing import Contender, alternate, ratios, spread
 from workloads import REVIEWS, ROOT, Workload, gemma, llama, minilm
 
@@ -142,6 +143,23 @@ def scales(bench: Bench) -> dict[str, Any]:
     return found
 
 
+def profiles(bench: Bench) -> dict[str, Any]:
+    """Where a step's time goes: the demo's, and one direction of each model's."""
+    from demo import demo_profile
+
+    found: dict[str, Any] = {"demo": demo_profile(1 if bench.quick else 3)}
+    made = {"minilm lora": lambda: minilm("lora", 64, 16), "minilm full": lambda: minilm("full", 64, 16)}
+    for name, make in made.items():
+        workload = make()
+        step, draw = Ours(workload, 1), Batches(workload)
+        step(0, draw(0))
+        numbers = range(1, 2 if bench.quick else 6)
+        found[name] = profiled(lambda step=step, draw=draw, numbers=numbers: [step(n, draw(n)) for n in numbers])
+    for name, profile in found.items():
+        print(f"\n{name}\n{table(profile['shares'])}\n", flush=True)
+    return found
+
+
 SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "minilm_lora": minilm_lora,
     "minilm_full": minilm_full,
@@ -150,6 +168,7 @@ SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "llama_lora": llama_lora,
     "memory": memory,
     "scaling": scales,
+    "profile": profiles,
 }
 
 
