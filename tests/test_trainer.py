@@ -251,7 +251,6 @@ def test_resuming_a_finished_run_releases_nothing_more(tmp_path: Path) -> None:
     assert torch.equal(weights(again.model), weights(first.model))
 
 
-
 def test_a_checkpoint_without_its_journal_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train()
     (tmp_path / "dpzero_journal").unlink()

@@ -23,13 +23,14 @@ class Opacus:
     """One step of DP-SGD.
 
     Args:
-        workload: a sequence classifier with a LoRA adapter.
+        workload: a sequence classifier or a causal LM with token losses, with a LoRA adapter.
         mode: "hooks" or "ghost".
     """
 
     def __init__(self, workload: Workload, mode: str) -> None:
         warnings.filterwarnings("ignore", module="opacus")
         self.workload = workload
+        self.mode = mode
         workload.model.train()
         optimizer = torch.optim.SGD([p for p in workload.model.parameters() if p.requires_grad], lr=1e-6)
         made = PrivacyEngine(accountant="rdp").make_private(
@@ -64,6 +65,11 @@ class Opacus:
         self.optimizer.zero_grad()
 
     def loss(self, batch: dict[str, Tensor]) -> Any:
-        labels = batch["labels"]
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        return self.criterion(self.model(**inputs).logits, labels)
+        device = next(self.model.parameters()).device
+        labels = batch["labels"].to(device)
+        logits = self.model(**{key: value.to(device) for key, value in batch.items() if key != "labels"}).logits
+        if labels.ndim == 1:
+            return self.criterion(logits, labels)
+        targets = labels[:, 1:]
+        shape = {"shape": targets.shape} if self.mode == "ghost" else {}
+        return self.criterion(logits[:, :-1].flatten(0, 1), targets.flatten(), **shape)

@@ -50,6 +50,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     workload = getattr(workloads, options.workload)("lora", *sizes)
     draw = Batches(workload)
     batches = [draw(number) for number in range(2)]
+    for parameter in workload.model.parameters():
+        parameter.data = parameter.data.clone()  # weights mapped from a file are not resident before they are read
     _return_free_memory()
     loaded = resident_mib("VmRSS")
     if loaded is None or not reset_peak():

@@ -3,7 +3,8 @@
     python tests/benchmarks/run.py [--quick] [--only NAME …] [--rounds N] [--threads N] [--output FILE]
 
 Contenders alternate in one process on the same rows, ratios are taken round by round, and peaks are those of separate
-processes. Sections that are run replace their part of the output; the others' stay. The plot lies beside it.
+processes. Sections that are run replace their part of the output; the others' stay. The plot lies beside it, and the
+tables of docs/benchmarks.md are written anew with the default output.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from typing import Any
 import peaks
 import plot
 import scaling
+import tables
 import torch
 from floor import Floor, candidates
 from headlines import headlines
 from ours import Batches, Ours
 from reference import Reference
+from stacks import profiled, table
 from timing import Contender, alternate, ratios, spread
 from workloads import REVIEWS, ROOT, Workload, gemma, llama, minilm
 
@@ -88,8 +91,8 @@ def minilm_lora(bench: Bench) -> dict[str, Any]:
     opacus = {f"opacus {mode}": Opacus(minilm("lora", 64, 16), mode) for mode in ("hooks", "ghost")}
     found = {"k1": bench.compare(workload, {"reference": Reference(workload), **opacus})}
     if not bench.quick:
-        layouts = bench.best_floors(workload, 16)
-        found["k16"] = bench.compare(workload, {}, 16, layouts[:1])
+        smaller = minilm("lora", batch_size=16, micro_batch_size=16)
+        found["k16"] = bench.compare(smaller, {}, 16)
     return found
 
 
@@ -142,6 +145,30 @@ def scales(bench: Bench) -> dict[str, Any]:
     return found
 
 
+def profiles(bench: Bench) -> dict[str, Any]:
+    """Where a step's time goes: the demo's, and one direction of each model's."""
+    from demo import demo_profile
+
+    found: dict[str, Any] = {"demo": demo_profile(1 if bench.quick else 3)}
+    made = {"minilm lora": lambda: minilm("lora", 64, 16), "minilm full": lambda: minilm("full", 64, 16)}
+    for name, make in made.items():
+        workload = make()
+        step, draw = Ours(workload, 1), Batches(workload)
+        step(0, draw(0))
+        numbers = range(1, 2 if bench.quick else 6)
+        found[name] = profiled(lambda step=step, draw=draw, numbers=numbers: [step(n, draw(n)) for n in numbers])
+    for name, profile in found.items():
+        print(f"\n{name}\n{table(profile['shares'])}\n", flush=True)
+    return found
+
+
+def accuracy(bench: Bench) -> dict[str, Any]:
+    """What directions buy on the demo's task."""
+    from demo import accuracies
+
+    return {"runs": accuracies(3 if bench.quick else 100)}
+
+
 SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "minilm_lora": minilm_lora,
     "minilm_full": minilm_full,
@@ -150,6 +177,8 @@ SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "llama_lora": llama_lora,
     "memory": memory,
     "scaling": scales,
+    "profile": profiles,
+    "accuracy": accuracy,
 }
 
 
@@ -201,6 +230,9 @@ def main() -> None:
         results = headlines(sections) | {"sections": sections}
         options.output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     plot.draw(results, options.output.with_suffix(".svg"))
+    page = ROOT / "docs" / "benchmarks.md"
+    if options.output.resolve().parent == page.with_suffix("").resolve():
+        tables.write(results, page)
     print()
     for name, value in results.items():
         if name != "sections":

@@ -68,7 +68,12 @@ def vocabulary(rounds: int) -> dict[str, Any]:
 def _short_labels(vocab_size: int, words: bool) -> Workload:
     shape = {"vocab_size": vocab_size, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6}
     workload = llama(
-        "lora", 16, 16, shape=shape | {"num_attention_heads": 6}, lengths=(32, 128), completion=0.0, count=512
+        "lora",
+        shape | {"num_attention_heads": 6},
+        batch_size=16,
+        micro_batch_size=16,
+        lengths=(32, 128),
+        completion=0.0,
     )
     if words:
         workload.task = Verbalizer(_ids, ("5", "6"), causal=True)

@@ -117,58 +117,49 @@ def gemma(mode: str, batch_size: int = 8, micro_batch_size: int = 8) -> Workload
     )
 
 
-def llama(
+def llama(mode: str, shape: dict[str, int] | None = None, **settings: Any) -> Workload:
+    """A random Llama, by default of 110M parameters, on long rows.
+
+    Args:
+        mode: "lora" or "full".
+        shape: fields of `LlamaConfig` that differ from the default's.
+        settings: as for `causal_lm`.
+    """
+    sizes = {"vocab_size": 32_000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12}
+    sizes |= {"num_attention_heads": 12} | (shape or {})
+    sizes.setdefault("num_key_value_heads", sizes["num_attention_heads"])
+    set_seed(0)
+    config = LlamaConfig(**sizes, max_position_embeddings=1024, tie_word_embeddings=True, pad_token_id=0)
+    return causal_lm("llama", LlamaForCausalLM(config), mode, targets="all-linear", **settings)
+
+
+def causal_lm(
+    name: str,
+    base: Any,
     mode: str,
     batch_size: int = 4,
     micro_batch_size: int = 4,
-    *,
-    shape: dict[str, int] | None = None,
     lengths: tuple[int, int] = (128, 512),
     count: int = 256,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
     completion: float = 0.25,
+    targets: str | None = None,
 ) -> Workload:
-    """A random causal LM (by default of 100M parameters) on long rows: prompts, and completions that are the labels.
+    """`base` on random rows: prompts, and completions that are the labels.
 
     Args:
-        shape: fields of `LlamaConfig` that differ from the default's.
         lengths: shortest and longest row, uniform between.
-        completion: the share of a row's tokens that are labels.
+        count: N, the number of rows.
+        completion: the share of a row's tokens that are labels; at least one is.
+        targets: LoRA's layers; None for PEFT's default.
     """
-    sizes = {
-        "vocab_size": 32_000,
-        "hidden_size": 768,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-    } | (shape or {})
-    sizes.setdefault("num_key_value_heads", sizes["num_attention_heads"])
-    set_seed(0)
-    config = LlamaConfig(
-        **sizes, max_position_embeddings=max(1024, lengths[1]), tie_word_embeddings=True, pad_token_id=0
-    )
-    with torch.device(device):
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        base = LlamaForCausalLM(config)
-        torch.set_default_dtype(default)
     generator = torch.Generator().manual_seed(1)
     rows = []
     for length in torch.randint(lengths[0], lengths[1] + 1, (count,), generator=generator).tolist():
-        ids = torch.randint(1, sizes["vocab_size"], (length,), generator=generator).tolist()
+        ids = torch.randint(1, base.config.vocab_size, (length,), generator=generator).tolist()
         prompt = length - max(1, int(completion * length))
         rows.append({"input_ids": ids, "labels": [IGNORE] * prompt + ids[prompt:]})
-    return Workload(
-        "llama",
-        mode,
-        _tuned(base, mode, "CAUSAL_LM", "all-linear"),
-        rows,
-        TokenTask(shift=1),
-        pad_tokens,
-        batch_size,
-        micro_batch_size,
-    )
+    model = _tuned(base, mode, "CAUSAL_LM", targets)
+    return Workload(name, mode, model, rows, TokenTask(shift=1), pad_tokens, batch_size, micro_batch_size)
 
 
 def gemma_folder() -> Path:

@@ -1,0 +1,92 @@
+"""The tables of docs/benchmarks.md, written between its markers from what was measured."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+MARKED = "<!-- {0} -->\n(.*?)<!-- end of {0} -->"
+
+
+def write(results: dict[str, Any], page: Path) -> None:
+    """Replaces each marked table whose section was measured."""
+    text = page.read_text(encoding="utf-8")
+    sections = results["sections"]
+    made = {"headlines": _headlines(results), "times": _times(sections)}
+    if "memory" in sections:
+        made["memory"] = _memory(sections["memory"])
+    if "scaling" in sections:
+        made["scaling"] = _scaling(sections["scaling"])
+    if "profile" in sections:
+        made["profile"] = _profile(sections["profile"])
+    if "accuracy" in sections:
+        made["accuracy"] = _accuracy(sections["accuracy"]["runs"])
+    for name, table in made.items():
+        replacement = f"<!-- {name} -->\n{table}\n<!-- end of {name} -->"
+        text = re.sub(MARKED.format(name), lambda _, new=replacement: new, text, flags=re.DOTALL)
+    page.write_text(text, encoding="utf-8")
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def _spread(value: dict[str, float]) -> str:
+    return f"{value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})"
+
+
+def _headlines(results: dict[str, Any]) -> str:
+    rows = [(f"`{key}`", _spread(value)) for key, value in results.items() if key != "sections"]
+    return _table(("key", "median (min to max)"), rows)
+
+
+def _times(sections: dict[str, Any]) -> str:
+    rows = []
+    for section, runs in sections.items():
+        for run in runs.values():
+            if not isinstance(run, dict) or "ours_over_floor" not in run:
+                continue
+            title = f"{section.replace('_', ', ')}, K = {run['num_directions']}"
+            ours = f"{run['seconds']['ours']['median']:.3g}"
+            rows.append((title, "floor", ours, f"{1 / run['ours_over_floor']['median']:.2f}"))
+            others = [key for key in run if key.endswith("_over_ours")]
+            rows += [(title, key.removesuffix("_over_ours"), ours, _spread(run[key])) for key in others]
+    return _table(("model", "contender", "our seconds a step", "contender's time over ours"), rows)
+
+
+def _memory(measured: dict[str, Any]) -> str:
+    rows = []
+    for name, values in measured.items():
+        if isinstance(values, list) and name.startswith(("minilm", "gemma")):
+            rows.append((name, f"{sorted(values)[len(values) // 2]:.0f}"))
+    return _table(("LoRA", "peak above the loaded weights, MiB"), rows)
+
+
+def _scaling(found: dict[str, Any]) -> str:
+    rows = [
+        (f"seconds against {name}", f"{found[name]['slope']:.3g} each", f"R² = {found[name]['r_squared']:.4f}")
+        for name in ("tokens", "directions")
+    ]
+    small, large = found["vocabulary"]["sizes"]
+    for name, value in found["vocabulary"]["seconds_ratio"].items():
+        rows.append((f"vocabulary of {large:,} over {small:,}, {name}", _spread(value), ""))
+    return _table(("step's time", "", ""), rows)
+
+
+def _profile(found: dict[str, Any]) -> str:
+    parts = []
+    for name, title in (("demo", "The demo's step"), ("minilm lora", "MiniLM, LoRA"), ("minilm full", "MiniLM, all")):
+        rows = [(f"`{where}`", f"{share:.1%}") for where, share in found[name]["shares"].items()]
+        parts.append(_table((title, "share"), rows))
+    return "\n\n".join(parts)
+
+
+def _accuracy(runs: Sequence[dict[str, Any]]) -> str:
+    header = ("differences", "K", "passes a step", "held-out accuracy", "seconds of all steps")
+    rows = [
+        (r["difference"], str(r["K"]), str(r["passes"]), f"{r['accuracy']:.1%}", f"{r['seconds']:.1f}") for r in runs
+    ]
+    return _table(header, rows)
