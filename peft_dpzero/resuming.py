@@ -145,7 +145,7 @@ class ResumingMixin(_Host):  # type: ignore[misc]
         # Without a journal, what the checkpoints cost is unknown.
         steps = len(self._journal.entries)
         newest = Path(get_last_checkpoint(folder) or "") if resume is True and folder.is_dir() else Path(str(resume))
-        if (step := _checkpoint_step(newest)) > steps:
+        if (step := checkpoint_step(newest)) > steps:
             raise DPZeroError(
                 f"The checkpoint is at step {step} but the journal holds {steps} releases, so the ε spent is unknown: "
                 f"put {JOURNAL_NAME} of that run into output_dir."
@@ -190,7 +190,7 @@ class ResumingMixin(_Host):  # type: ignore[misc]
 
 def last_whole_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint in `folder` that was written to its end; None if there is none."""
-    steps = {_checkpoint_step(path): path for path in folder.glob("checkpoint-*") if path.is_dir()}
+    steps = {checkpoint_step(path): path for path in folder.glob("checkpoint-*") if path.is_dir()}
     return next((str(steps[step]) for step in sorted(steps, reverse=True) if is_whole(steps[step])), None)
 
 
@@ -208,6 +208,7 @@ def is_whole(checkpoint: Path) -> bool:
         return False
 
 
-def _checkpoint_step(checkpoint: Path) -> int:
+def checkpoint_step(checkpoint: Path) -> int:
+    """The number of steps done at a folder named checkpoint-N; 0 for another name."""
     digits = checkpoint.name.rpartition("-")[2]
     return int(digits) if digits.isdigit() else 0

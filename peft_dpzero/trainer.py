@@ -7,12 +7,13 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from peft_dpzero.config import DPZeroConfig
@@ -40,7 +41,7 @@ from peft_dpzero.probe_causes import check_batch_norm
 from peft_dpzero.release.journal import Journal, JournalSegment
 from peft_dpzero.release.optimizer import DPZeroOptimizer
 from peft_dpzero.release.record import privacy_record
-from peft_dpzero.resuming import ResumingMixin
+from peft_dpzero.resuming import ResumingMixin, checkpoint_step
 from peft_dpzero.saving import SavingMixin
 from peft_dpzero.step import PrivateStep
 
@@ -137,6 +138,8 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
             start = fingerprint(perturbation)
             checkpoint = self._enter_segment(perturbation, resume_from_checkpoint)
             self._step, self._weights_step = None, None
+            if checkpoint is not None and checkpoint_step(Path(checkpoint)) >= self.privacy_plan.steps:
+                return self._finished(checkpoint)
             output = super().train(checkpoint, *args, **kwargs)
         if self.state.global_step and fingerprint(self._perturbation()) == start:
             warnings.warn("Training did not move the trainable parameters: is the learning rate 0?", stacklevel=2)
@@ -145,6 +148,12 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
         metrics = {key: value for key, value in output.metrics.items() if key not in _WITHHELD_LOGS}
         released = list(self._private_losses.values())
         return TrainOutput(output.global_step, sum(released) / len(released) if released else math.nan, metrics)
+
+    def _finished(self, checkpoint: str) -> TrainOutput:
+        """Takes over the last step's checkpoint: the Trainer's loop would take one step more."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        return TrainOutput(self.state.global_step, math.nan, {})
 
     @property
     def _needs_label_column(self) -> bool:
