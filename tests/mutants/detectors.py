@@ -107,10 +107,11 @@ def an_empty_batch_is_released_with_noise() -> None:
 def every_unit_joins_every_step_by_its_own_coin() -> None:
     """Batch sizes are binomial, empty ones among them; a unit's next batch does not depend on its last."""
     units, rate, steps = 6, 0.3, 3000
-    batches = LogicalBatches(list(range(units)), PoissonSampler(units, rate, new_secret()), list, 8)  # type: ignore[arg-type]
+    sampler = PoissonSampler(units, rate, new_secret())
+    batches = LogicalBatches(list(range(units)), sampler, lambda rows: {"units": rows}, 8)  # type: ignore[arg-type]
     joined = np.zeros((steps, units), dtype=int)
     for t in range(steps):
-        joined[t, [unit for batch in batches.draw(t).micro_batches for unit in batch]] = 1
+        joined[t, [unit for batch in batches.draw(t).micro_batches for unit in batch["units"]]] = 1
     sizes = np.bincount(joined.sum(axis=1), minlength=units + 1)
     expected = stats.binom.pmf(range(units + 1), units, rate) * steps
     tail = 4
