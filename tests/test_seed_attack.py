@@ -62,12 +62,13 @@ class Miniature:
 
 def recovered_mean(update: Tensor, noise_std: float) -> float | None:
     """The clipped mean behind −η·ĝ·z, if some seed's z is parallel to the update."""
+    generator = torch.Generator()
     for seed in range(SEEDS):
-        torch.manual_seed(seed)
-        z = torch.normal(0.0, 1.0, (SIZE,))
+        generator.manual_seed(seed)
+        z = torch.normal(0.0, 1.0, (SIZE,), generator=generator)
         if abs(torch.cosine_similarity(update, z, dim=0)) > 0.99:
             estimate = -float(update @ z) / (RATE * float(z @ z))
-            return estimate - float(torch.randn(1)) * noise_std
+            return estimate - float(torch.randn(1, generator=generator)) * noise_std
     return None
 
 
@@ -100,12 +101,13 @@ def guesses(scale: float) -> Iterator[Tensor]:
     directions = Directions([("weights", torch.nn.Parameter(torch.zeros(SIZE)))], DIRECTION_SEED, "gaussian")
     z = torch.cat([directions.entry(STEP, k, "weights") for k in range(DIRECTIONS)])
     yield from (scale * z.double()[i : i + DIRECTIONS] for i in range(z.numel() - DIRECTIONS + 1))
+    generator = torch.Generator()
     for seed in seeds():
-        torch.manual_seed(seed)
-        yield scale * torch.randn(DIRECTIONS).double()
-        torch.manual_seed(seed)
-        torch.normal(0.0, 1.0, (SIZE,))
-        yield scale * torch.randn(DIRECTIONS).double()
+        generator.manual_seed(seed)
+        yield scale * torch.randn(DIRECTIONS, generator=generator).double()
+        generator.manual_seed(seed)
+        torch.normal(0.0, 1.0, (SIZE,), generator=generator)
+        yield scale * torch.randn(DIRECTIONS, generator=generator).double()
         for key in (seed, [seed, STEP]):
             yield torch.from_numpy(np.random.default_rng(key).normal(scale=scale, size=DIRECTIONS))
 
