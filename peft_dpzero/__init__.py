@@ -5,20 +5,21 @@ from peft_dpzero.auditing.one_run import AuditResult, audit
 from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError, PrivateStepError
 from peft_dpzero.estimation.batching import LogicalBatches
-from peft_dpzero.estimation.differences import Losses
 from peft_dpzero.estimation.losses import (
     ClassificationTask,
     FunctionTask,
     Seq2SeqTask,
     Task,
     TokenTask,
-    Verbalizer,
     infer_task,
 )
+from peft_dpzero.estimation.passes import Losses
 from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
+from peft_dpzero.estimation.verbalizer import Verbalizer
 from peft_dpzero.mechanism.plan import PrivacyPlan, make_plan
 from peft_dpzero.mechanism.private_sum import Released
 from peft_dpzero.perturbation import Perturbation
+from peft_dpzero.probe import Probe
 from peft_dpzero.release.bundle import sealed
 from peft_dpzero.release.header import plan_header
 from peft_dpzero.release.journal import Journal
@@ -48,6 +49,7 @@ __all__ = [
     "PrivacyPlan",
     "PrivateStep",
     "PrivateStepError",
+    "Probe",
     "Released",
     "Seq2SeqTask",
     "Task",

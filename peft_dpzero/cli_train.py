@@ -26,7 +26,7 @@ from peft_dpzero.cli_checks import explained, withheld
 from peft_dpzero.cli_data import Encoder, class_names, encode, load_table, token_limit, with_class_indices
 from peft_dpzero.cli_settings import RunSettings
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.estimation.losses import Verbalizer
+from peft_dpzero.estimation.verbalizer import Verbalizer
 from peft_dpzero.release.journal import JOURNAL_NAME
 from peft_dpzero.trainer import DPZeroTrainer
 

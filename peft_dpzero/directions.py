@@ -72,9 +72,9 @@ class Directions:
         return out.mul_(self._length_scale(step, direction))
 
     def view(self, vector: Tensor, name: str) -> Tensor:
-        """One parameter's entries in a `vector`, in the parameter's shape."""
+        """One parameter's entries in a `vector` or in each of (P, …) vectors, in the parameter's shape."""
         start, shape = self._first_block[name] * self._per_block, self._shape[name]
-        return vector[start : start + shape.numel()].view(shape)
+        return vector[..., start : start + shape.numel()].reshape(*vector.shape[:-1], *shape)
 
     def visit(
         self,

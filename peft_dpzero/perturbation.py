@@ -7,7 +7,7 @@ restore is exact bit for bit, also after an exception or Ctrl-C, and no arithmet
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -24,6 +24,9 @@ KEPT_ENTRIES = 1 << 22
 STREAMED_ENTRIES = 1 << 26
 
 logger = logging.getLogger(__name__)
+
+# (direction k, scale s): the point θ + s·z_k.
+Point = tuple[int, float]
 
 
 class Perturbation:
@@ -109,6 +112,27 @@ class Perturbation:
             self._put_back(originals)
             if self.directions.num_entries < STREAMED_ENTRIES:
                 self._spare = copies
+
+    @property
+    def most_stacked(self) -> int:
+        """How many points `stacked` may be asked for: their parameters together take `KEPT_ENTRIES` entries at most."""
+        return KEPT_ENTRIES // self.directions.num_entries
+
+    @torch.no_grad()
+    def stacked(self, step: int, points: Sequence[Point]) -> dict[str, Tensor]:
+        """The parameters at P points, bit for bit as `at` makes them: by name, (P, …) each.
+
+        The P points' parameters exist at once.
+        """
+        copies: dict[str, Tensor] = {}
+        for device in {parameter.device for parameter in self.parameters.values()}:
+            scales = torch.tensor([[scale] for _, scale in points], dtype=self._wide, device=device)
+            vectors = torch.stack([self._vector(step, k, device) for k, _ in points]).to(self._wide).mul_(scales)
+            for name, parameter in self.parameters.items():
+                if parameter.device == device:
+                    shift = self.directions.view(vectors, name)
+                    copies[name] = shift.add_(parameter.detach()).to(parameter.dtype)
+        return copies
 
     def _put_back(self, originals: Mapping[str, Tensor]) -> None:
         try:

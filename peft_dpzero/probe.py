@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.estimation.losses import ClassificationTask, Seq2SeqTask, Task, TokenTask, Verbalizer
+from peft_dpzero.estimation.differences import losses_at
+from peft_dpzero.estimation.logits import OutputHead
+from peft_dpzero.estimation.losses import ClassificationTask, Seq2SeqTask, Task, TokenTask
+from peft_dpzero.estimation.passes import Losses, MicroBatch
 from peft_dpzero.estimation.trunk import SharedTrunk
+from peft_dpzero.estimation.verbalizer import Verbalizer
 from peft_dpzero.perturbation import Perturbation
 from peft_dpzero.probe_causes import Dependence, dependence_error, first_difference, watched
 from peft_dpzero.probe_data import Arrangement, MadeUpData
@@ -99,6 +104,30 @@ class Probe:
             logger.info("Activations are not shared between directions: this model changes them in place.")
             return None
         return trunk
+
+    def losses(self, perturbation: Perturbation, place: Callable[[MicroBatch], MicroBatch]) -> Losses:
+        """The run's losses by the cheapest passes that give the plain ones' values here."""
+        trunk, head = self.find_trunk(perturbation), OutputHead.of(self.model)
+        if head is not None and not self._agrees(perturbation, Losses(self.model, self.task, place, head=head)):
+            logger.info("Logits are made at all positions: this model's head does more than project.")
+            head = None
+        stacked = Losses(self.model, self.task, place, head=head, stacks=True)
+        stacks = perturbation.most_stacked > 1 and self._agrees(perturbation, stacked)
+        return Losses(self.model, self.task, place, trunk, head, stacks)
+
+    def _agrees(self, perturbation: Perturbation, losses: Losses) -> bool:
+        """Whether `losses` gives the plain passes' values on the made-up batch; False if it cannot be told."""
+        batch = self.data.batch(self.data.together(0))
+        if "labels" not in batch:
+            return False
+        points = [(0, _PROBE_SCALE), (1, -_PROBE_SCALE)]
+        try:
+            plain = losses_at(Losses(self.model, self.task, losses.place), [batch], perturbation, 0, points)
+            other = losses_at(losses, [batch], perturbation, 0, points)
+        except Exception as error:
+            logger.info("A faster pass is not used: %s on made-up tokens.", type(error).__name__)
+            return False
+        return bool(torch.allclose(plain, other, rtol=1e-4, atol=self._tolerance / 30))
 
     def _companies(self, index: int) -> list[Arrangement]:
         """The batches in which row `index` must keep its loss: among others, in another order, among copies."""

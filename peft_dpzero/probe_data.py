@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.estimation.losses import IGNORE, ClassificationTask, Task, TokenTask, Verbalizer, infer_task
+from peft_dpzero.estimation.losses import IGNORE, ClassificationTask, Task, TokenTask, infer_task
+from peft_dpzero.estimation.verbalizer import Verbalizer
 
 _LENGTHS = (5, 9, 7)
 _TARGET_LENGTH = 3

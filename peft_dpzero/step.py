@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from peft_dpzero.errors import DPZeroError, PrivateStepError
 from peft_dpzero.estimation.batching import LogicalBatches
-from peft_dpzero.estimation.differences import Losses, estimate_differences
+from peft_dpzero.estimation.differences import estimate_differences
+from peft_dpzero.estimation.passes import Losses
 from peft_dpzero.guards import check_processes
 from peft_dpzero.mechanism.plan import PrivacyPlan
 from peft_dpzero.mechanism.private_sum import PrivateSum, Released

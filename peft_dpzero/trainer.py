@@ -19,10 +19,9 @@ from transformers.trainer_utils import TrainOutput
 from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.batching import LogicalBatches, step_loader, without_column
-from peft_dpzero.estimation.differences import Losses
 from peft_dpzero.estimation.losses import FunctionTask, Task, infer_task
+from peft_dpzero.estimation.passes import Losses
 from peft_dpzero.estimation.sampling import PoissonSampler, new_secret, seeded_secret
-from peft_dpzero.estimation.trunk import SharedTrunk
 from peft_dpzero.guards import (
     check_arguments,
     check_collator,
@@ -105,7 +104,7 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
         self.task = _as_task(per_example_loss, self.model)
         self._plan: PrivacyPlan | None = None
         self._step: PrivateStep | None = None
-        self._trunk: SharedTrunk | None = None
+        self._losses: Losses | None = None
         self._streamed: frozenset[str] = frozenset()
         self._journal: Journal | None = None
         self._segments: list[JournalSegment] = []
@@ -172,7 +171,7 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
         probe = Probe(self.model, self.args.device, padding_side(self.data_collator), self.task)
         probe.check_independence(perturbation)
         probe.check_reach(perturbation)
-        self._trunk = probe.find_trunk(perturbation)
+        self._losses = probe.losses(perturbation, self._prepare_inputs)
         self._streamed = perturbation.find_streamed(probe.run)
 
     def _build_step(self, model: nn.Module) -> PrivateStep:
@@ -183,7 +182,7 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
             model,
             plan,
             self._private_batches(PoissonSampler(plan.num_units, plan.sample_rate, secret)),
-            Losses(model, self.task, self._prepare_inputs, self._trunk),
+            self._losses or Losses(model, self.task, self._prepare_inputs),
             perturbation,
             self._dpzero_optimizer,
             self._journal,

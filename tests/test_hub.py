@@ -30,7 +30,9 @@ def run(script: str, folder: Path, endpoint: str) -> None:
     here = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, str(here / script), str(folder)],
-        env=kept | hub | {"HF_HOME": str(folder / script), "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])},
+        env=kept
+        | hub
+        | {"HF_HOME": str(folder / script), "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])},
         capture_output=True,
         text=True,
         check=False,

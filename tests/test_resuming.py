@@ -96,7 +96,7 @@ def test_a_finished_run_is_trained_further(saving: dict[str, Any], tmp_path: Pat
     assert record["epsilon"] == pytest.approx(by_dp_accounting_alone(record), abs=1e-3)
     more.save_model(str(tmp_path / "release"))
     assert {check.status for check in verify(tmp_path / "release", tmp_path / "base")} == {"ok"}
-    with pytest.raises(DPZeroError, match=r"raise target_epsilon|too little"):
+    with pytest.raises(DPZeroError, match="raise target_epsilon"):
         run(tmp_path / "out", 9, target_epsilon=3.0, noise_multiplier=None).train(resume_from_checkpoint=True)
 
 

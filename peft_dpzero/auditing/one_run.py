@@ -21,7 +21,8 @@ from peft_dpzero.auditing.bounds import epsilon_lower_bound
 from peft_dpzero.auditing.canaries import CanaryData, Row, random_canaries
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.batching import LogicalBatch
-from peft_dpzero.estimation.differences import Losses, estimate_differences
+from peft_dpzero.estimation.differences import estimate_differences
+from peft_dpzero.estimation.passes import Losses
 from peft_dpzero.mechanism.clipping import clip, normalised
 from peft_dpzero.mechanism.private_sum import Released
 from peft_dpzero.perturbation import Perturbation

@@ -2,56 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.batching import LogicalBatch
-from peft_dpzero.estimation.losses import Task
-from peft_dpzero.estimation.trunk import SharedTrunk
+from peft_dpzero.estimation.passes import Losses, MicroBatch
 from peft_dpzero.mechanism.private_sum import PrivateDifferences
-from peft_dpzero.perturbation import Perturbation
-
-MicroBatch = Mapping[str, Any]
-
-
-class Losses:
-    """Per-example losses of a model on micro-batches, without autograd.
-
-    Args:
-        model: in eval mode.
-        task: how losses are read.
-        place: moves a micro-batch to the model's device.
-        trunk: activations to share between passes over one micro-batch, or None.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        task: Task,
-        place: Callable[[MicroBatch], MicroBatch],
-        trunk: SharedTrunk | None = None,
-    ) -> None:
-        self.model = model
-        self.task = task
-        self.place = place
-        self.trunk = trunk
-
-    @torch.no_grad()
-    def __call__(self, batch: MicroBatch) -> Tensor:
-        """Losses of one micro-batch on its device: (b,) float64, on the CPU."""
-        losses = self.task.losses(self.model(**self.task.inputs(batch)), batch)
-        if losses.ndim != 1:
-            raise DPZeroError(
-                f"The per-example loss has {losses.ndim} dimensions and must have one, (batch,): it must not be "
-                "averaged over the batch."
-            )
-        return losses.to("cpu", torch.float64)
+from peft_dpzero.perturbation import Perturbation, Point
 
 
 def estimate_differences(
@@ -69,34 +30,54 @@ def estimate_differences(
     Returns: the differences (n, K) and losses (n,) of this process's units, float64, sealed. A unit's are the means
     over its rows.
     """
-    scale = smoothing_parameter
-    micro_batches = list(batch.micro_batches)
-    differences: list[Tensor] = []
-    means: list[Tensor] = []
-    # With a shared trunk a micro-batch meets all directions before the next one; without, a direction meets all
-    # micro-batches, so that parameters are perturbed least often.
-    groups = [[one] for one in micro_batches] if losses.trunk else [micro_batches] if micro_batches else []
-    for group in groups:
-        placed = [losses.place(one) for one in group]
-
-        def losses_at(direction: int, shift: float, placed: list[MicroBatch] = placed) -> Tensor:
-            with perturbation.at(step, direction, shift):
-                return torch.cat([losses(one) for one in placed])
-
-        with losses.trunk.shared() if losses.trunk else nullcontext():
-            if difference == "forward":
-                base = torch.cat([losses(one) for one in placed])
-                columns = [(losses_at(k, scale) - base) / scale for k in range(num_directions)]
-                means.append(base)
-            else:
-                sides = [(losses_at(k, scale), losses_at(k, -scale)) for k in range(num_directions)]
-                columns = [(plus - minus) / (2 * scale) for plus, minus in sides]
-                means.append(sum((plus + minus for plus, minus in sides), torch.zeros(())) / (2 * num_directions))
-        differences.append(torch.stack(columns, dim=1))
-    if not differences:
+    if not batch.micro_batches:
         return PrivateDifferences(torch.zeros(0, num_directions, dtype=torch.float64))
+    scale = smoothing_parameter
+    if difference == "forward":
+        points = [(0, 0.0), *((k, scale) for k in range(num_directions))]
+        values = losses_at(losses, batch.micro_batches, perturbation, step, points)  # [1 + K, rows]
+        columns, level = (values[1:] - values[0]) / scale, values[0]
+    else:
+        points = [(k, side * scale) for k in range(num_directions) for side in (1, -1)]
+        values = losses_at(losses, batch.micro_batches, perturbation, step, points)  # [2K, rows]
+        columns, level = (values[0::2] - values[1::2]) / (2 * scale), values.mean(dim=0)
     mean = partial(_mean_by_owner, owners=batch.owners, num_units=batch.num_units)
-    return PrivateDifferences(mean(torch.cat(differences)), mean(torch.cat(means)))
+    return PrivateDifferences(mean(columns.T.contiguous()), mean(level))
+
+
+def losses_at(
+    losses: Losses,
+    micro_batches: Sequence[MicroBatch],
+    perturbation: Perturbation,
+    step: int,
+    points: Sequence[Point],
+) -> Tensor:
+    """Losses of all rows at all points: (points, rows) float64, on the CPU."""
+    if not losses.stacks and losses.trunk is None:
+        # A point meets all micro-batches, so that parameters are perturbed least often.
+        placed = [losses.place(one) for one in micro_batches]
+        return torch.stack([_at_point(losses, placed, perturbation, step, point) for point in points])
+    # A micro-batch meets all points, so that they share what none of them changes.
+    return torch.cat([_at_points(losses, one, perturbation, step, points) for one in micro_batches], dim=1)
+
+
+def _at_point(
+    losses: Losses, placed: Sequence[MicroBatch], perturbation: Perturbation, step: int, point: Point
+) -> Tensor:
+    with perturbation.at(step, *point):
+        return torch.cat([losses(one) for one in placed])
+
+
+def _at_points(
+    losses: Losses, micro_batch: MicroBatch, perturbation: Perturbation, step: int, points: Sequence[Point]
+) -> Tensor:
+    placed = losses.place(micro_batch)
+    together = min(losses.points_at_once(placed), perturbation.most_stacked)
+    with losses.trunk.shared() if losses.trunk else nullcontext():
+        if together < 2:
+            return torch.stack([_at_point(losses, [placed], perturbation, step, point) for point in points])
+        chunks = [points[i : i + together] for i in range(0, len(points), together)]
+        return torch.cat([losses.stacked(placed, perturbation.stacked(step, chunk)) for chunk in chunks])
 
 
 def _mean_by_owner(rows: Tensor, owners: Tensor, num_units: int) -> Tensor:

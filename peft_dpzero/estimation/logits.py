@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft_dpzero.estimation.forwards import replaced_forward
+
 # Logits that are made and widened at a time: larger pieces than a layer's activations would raise peak memory.
 CHUNK_ENTRIES = 1 << 20
 
@@ -42,7 +44,9 @@ class FullLogits:
 
     def at(self, rows: Tensor, positions: Tensor, words: Tensor | None = None) -> Tensor:
         """See `Logits`."""
-        return self._logits[rows, positions] if words is None else self._logits[rows[:, None], positions[:, None], words]
+        return (
+            self._logits[rows, positions] if words is None else self._logits[rows[:, None], positions[:, None], words]
+        )
 
 
 class HiddenLogits:
@@ -92,11 +96,8 @@ class OutputHead:
             seen.append(hidden)
             return hidden[..., :0]
 
-        self.module.forward = forward
-        try:
+        with replaced_forward(self.module, forward):
             yield seen
-        finally:
-            del self.module.forward
 
     def project(self, hidden: Tensor, words: Tensor | None = None) -> Tensor:
         """Logits of hidden states (n, h): (n, v), or (n, c) of the tokens `words` (c,) only."""

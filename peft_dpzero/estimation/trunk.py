@@ -8,10 +8,12 @@ adapters on the upper layers cost only the passes above them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
+
+from peft_dpzero.estimation.forwards import replaced_forward
 
 
 class SharedTrunk:
@@ -34,10 +36,8 @@ class SharedTrunk:
             yield
 
 
-@contextmanager
-def _memoised(module: nn.Module) -> Iterator[None]:
+def _memoised(module: nn.Module) -> AbstractContextManager[None]:
     original = module.forward
-    was_own = "forward" in vars(module)
     memo: list[Any] = []
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -45,14 +45,7 @@ def _memoised(module: nn.Module) -> Iterator[None]:
             memo.append(original(*args, **kwargs))
         return memo[0]
 
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if was_own:
-            module.forward = original
-        else:
-            del module.forward
+    return replaced_forward(module, forward)
 
 
 def _modules_before_first_use(model: nn.Module, probe: Callable[[], object]) -> list[nn.Module]:

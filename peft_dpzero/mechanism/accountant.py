@@ -8,7 +8,6 @@ A run is T releases, each a Gaussian mechanism with noise multiplier σ on a Poi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -31,6 +30,8 @@ RELATIONS = {
 }
 # σ is calibrated to this relative tolerance.
 TOLERANCE = 1e-3
+# A run that has spent this share of its ε, or would need this many times a fresh one's noise, cannot be continued.
+SPENT, MOST_NOISE = 0.995, 100.0
 # Integer Rényi orders: their closed form always converges, and they only bracket PLD's answer.
 _RDP_ORDERS = [*range(2, 64), 96, 128, 256, 512, 1024]
 
@@ -175,10 +176,10 @@ def calibrate_after(
         DPZeroError: `spent` leaves next to nothing.
     """
     before = epsilon_of(spent, target_delta, neighboring, mechanism=mechanism)
-    if before >= target_epsilon:
+    if before >= SPENT * target_epsilon:
         raise DPZeroError(
-            f"The releases made so far cost ε={before:.4g} of target_epsilon={target_epsilon:g}, which leaves none for "
-            f"{steps} more: raise target_epsilon."
+            f"The releases made so far cost ε={before:.4g} of target_epsilon={target_epsilon:g}, which leaves too "
+            f"little for {steps} more: raise target_epsilon."
         )
     if mechanism == "laplace":
         return laplace_noise_multiplier(target_epsilon - before, sample_rate, steps, neighboring)
@@ -190,14 +191,14 @@ def calibrate_after(
     low = calibrate_noise_multiplier(target_epsilon, target_delta, sample_rate, steps, neighboring)
     if not spent:
         return low
-    high = low
-    while not proven(high):
+    high, most = low, MOST_NOISE * low
+    while high <= most and not proven(high):
         low, high = high, high * 2
-        if high > 1e4 * steps:
-            raise DPZeroError(
-                f"The releases made so far cost ε={before:.4g} of target_epsilon={target_epsilon:g}, which leaves too "
-                f"little for {steps} more: raise target_epsilon."
-            )
+    if high > most:
+        raise DPZeroError(
+            f"The releases made so far cost ε={before:.4g} of target_epsilon={target_epsilon:g}, which leaves too "
+            f"little for {steps} more: raise target_epsilon."
+        )
     while high - low > TOLERANCE * high:
         middle = (low + high) / 2
         low, high = (low, middle) if proven(middle) else (middle, high)
@@ -218,18 +219,12 @@ def affordable_steps(
         more = Segment(segment.noise_multiplier, segment.sample_rate, steps)
         return epsilon_of((*spent, more), target_delta, neighboring, mechanism=mechanism) <= target_epsilon
 
-    return _largest(fits, segment.steps)
-
-
-def _largest(fits: Callable[[int], bool], high: int) -> int:
-    """The largest n in 0 … `high` that fits, where all below a fitting one fit too; 0 is taken to fit."""
-    low = 0
-    while low < high:
-        middle = high if low == 0 and fits(high) else (low + high + 1) // 2
-        if middle == high or fits(middle):
-            low = middle
-        else:
-            high = middle - 1
+    low, high = 0, segment.steps
+    if fits(high):
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 

@@ -1,0 +1,114 @@
+"""Forward passes: per-example losses of a model, and the ways to make several passes cost less.
+
+`trunk`: activations that no direction changes are computed once a micro-batch. `head`: logits are made at label
+positions only. `stacks`: several points θ + s·z go through the model in one pass, a copy of the activations each from
+the first perturbed parameter on, so that frozen weights are read once. Each gives the losses of the plain pass within
+float rounding, which `Probe` checks on made-up tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from peft_dpzero.errors import DPZeroError
+from peft_dpzero.estimation.logits import HiddenLogits, OutputHead
+from peft_dpzero.estimation.losses import LabelPositionTask, Task, TokenTask
+from peft_dpzero.estimation.trunk import SharedTrunk
+from peft_dpzero.estimation.verbalizer import Verbalizer
+
+MicroBatch = Mapping[str, Any]
+
+# Tokens (or rows without tokens) that points are stacked up to. Where a trunk is shared, stacking multiplies only what
+# lies above it; elsewhere it pays while a pass is too small to keep a CPU busy (`tests/benchmarks/stacking.py`).
+STACKED_TOKENS = 512
+STACKED_TOKENS_ABOVE_TRUNK = 1 << 14
+
+
+class Losses:
+    """Per-example losses of a model on micro-batches, without autograd.
+
+    Args:
+        model: in eval mode.
+        task: how losses are read.
+        place: moves a micro-batch to the model's device.
+        trunk: activations to share between passes over one micro-batch, or None.
+        head: the output head to hold back, or None. Used by tasks that read label positions only.
+        stacks: whether points may be stacked.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        place: Callable[[MicroBatch], MicroBatch],
+        trunk: SharedTrunk | None = None,
+        head: OutputHead | None = None,
+        stacks: bool = False,
+    ) -> None:
+        self.model = model
+        self.task = task
+        self.place = place
+        self.trunk = trunk
+        self.head = head if type(task) in (TokenTask, Verbalizer) else None
+        self.stacks = stacks
+        self._settings = {"use_cache": False} if _takes_use_cache(model) else {}
+
+    @torch.no_grad()
+    def __call__(self, batch: MicroBatch) -> Tensor:
+        """Losses of one micro-batch on its device, at the model's parameters: (b,) float64, on the CPU."""
+        return self._losses(batch, self.model).to("cpu", torch.float64)
+
+    @torch.no_grad()
+    def stacked(self, batch: MicroBatch, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Losses of one micro-batch at P points, in one pass.
+
+        Args:
+            batch: on its device.
+            parameters: by name, (P, …) each.
+
+        Returns: (P, b) float64, on the CPU.
+        """
+
+        def at_point(values: dict[str, Tensor]) -> Tensor:
+            return self._losses(batch, lambda **inputs: functional_call(self.model, values, (), inputs))
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*batching rule.*")
+            return torch.as_tensor(vmap(at_point)(dict(parameters))).to("cpu", torch.float64)
+
+    def points_at_once(self, batch: MicroBatch) -> int:
+        """How many points to stack over one micro-batch; 1 stacks none."""
+        if not self.stacks:
+            return 1
+        ids = batch.get("input_ids")
+        rows = next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
+        tokens = ids.numel() if isinstance(ids, Tensor) else rows
+        return (STACKED_TOKENS if self.trunk is None else STACKED_TOKENS_ABOVE_TRUNK) // max(tokens, 1)
+
+    def _losses(self, batch: MicroBatch, run: Callable[..., Any]) -> Tensor:
+        inputs = {**self.task.inputs(batch), **self._settings}
+        if self.head is None:
+            losses = self.task.losses(run(**inputs), batch)
+        else:
+            assert isinstance(self.task, LabelPositionTask)
+            with self.head.held_back() as hidden:
+                run(**inputs)
+            losses = self.task.losses_from(HiddenLogits(hidden[-1], self.head), batch)
+        if losses.ndim != 1:
+            raise DPZeroError(
+                f"The per-example loss has {losses.ndim} dimensions and must have one, (batch,): it must not be "
+                "averaged over the batch."
+            )
+        return losses
+
+
+def _takes_use_cache(model: Any) -> bool:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "use_cache" in inspect.signature(base.forward).parameters
