@@ -8,6 +8,7 @@ threads as torch uses, and no result depends on how the vector was cut.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peft_dpzero.philox import Stream, entries_per_block
+from peft_dpzero.philox import Stream, entries_per_block, gaussian_table
 
 # A piece and its buffers stay near a core, and torch runs operations on so few entries on the calling thread.
 PIECE_ENTRIES = 1 << 15
@@ -27,6 +28,9 @@ _CHUNK_ENTRIES = 1 << 19
 
 Action = Callable[[str, slice, Tensor], None]
 Piece = tuple[str, slice, int]
+Fill = Callable[[Tensor, Tensor, int, int, int, int, bool], None]
+
+logger = logging.getLogger(__name__)
 
 
 class Directions:
@@ -55,21 +59,55 @@ class Directions:
         self._scale_key: tuple[int, int] | None = None
         self._scale = 1.0
 
-    def entry(self, step: int, direction: int, name: str) -> Tensor:
-        """z of one parameter: float32 CPU tensor of the parameter's shape."""
-        out = torch.empty(self._shape[name].numel())
+    def entry(
+        self,
+        step: int,
+        direction: int,
+        name: str,
+        part: slice | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """z of one parameter: float32, on `device`, of the parameter's shape, or of one dimension for a `part`.
 
-        def keep(_: str, part: slice, z: Tensor) -> None:
-            out[part] = z
+        Args:
+            part: of the flattened parameter, from a multiple of `PIECE_ENTRIES` on; None for all.
+        """
+        shape = self._shape[name]
+        whole = slice(0, shape.numel())
+        part = whole if part is None else part
+        out = torch.empty(part.stop - part.start, device=device)
+        if not self._fill(step, direction, self._first_block[name] + part.start // self._per_block, out):
+            made = torch.empty(out.shape)
 
-        self.visit(step, {direction: 1.0}, keep, (name,))
-        return out.view(self._shape[name])
+            def keep(_: str, piece: slice, z: Tensor) -> None:
+                made[piece.start - part.start : piece.stop - part.start] = z
 
-    def vector(self, step: int, direction: int) -> Tensor:
-        """z of all parameters as one float32 CPU vector, each parameter padded to whole blocks; read with `view`."""
-        out = torch.empty(self._blocks * self._per_block)
-        self._stream(step, direction).fill(0, out.numpy())
-        return out.mul_(self._length_scale(step, direction))
+            scales = {direction: self._length_scale(step, direction)}
+            self._visit(step, {direction: 1.0}, scales, keep, {name: part}, torch.float32)
+            out.copy_(made)
+        return out.view(shape) if part == whole else out
+
+    def vector(self, step: int, direction: int, device: torch.device | str = "cpu") -> Tensor:
+        """z of all parameters as one float32 vector, each parameter padded to whole blocks; read with `view`."""
+        out = torch.empty(self._blocks * self._per_block, device=device)
+        if self._fill(step, direction, 0, out):
+            return out
+        made = torch.empty(out.shape)
+        self._stream(step, direction).fill(0, made.numpy())
+        return made.mul_(self._length_scale(step, direction)).to(device)
+
+    def _fill(self, step: int, direction: int, first_block: int, out: Tensor) -> bool:
+        """Fills `out` on its GPU, if there is a kernel for it."""
+        fill = gpu_kernel(out.device) if out.device.type == "cuda" else None
+        if fill is None:
+            return False
+        fill(out, _table(out.device), self.seed, step, direction, first_block, self._signs)
+        out.mul_(self._length_scale(step, direction))
+        return True
+
+    def numel(self, name: str) -> int:
+        """Number of one parameter's entries."""
+        return self._shape[name].numel()
 
     def view(self, vector: Tensor, name: str) -> Tensor:
         """One parameter's entries in a `vector` or in each of (P, …) vectors, in the parameter's shape."""
@@ -96,7 +134,8 @@ class Directions:
             dtype: of the sum, float32 or float64.
         """
         scales = {k: self._length_scale(step, k) for k in coefficients}
-        self._visit(step, coefficients, scales, action, self._shape if names is None else names, dtype)
+        spans = {name: slice(0, self._shape[name].numel()) for name in (self._shape if names is None else names)}
+        self._visit(step, coefficients, scales, action, spans, dtype)
 
     def _visit(
         self,
@@ -104,7 +143,7 @@ class Directions:
         coefficients: Mapping[int, float],
         scales: Mapping[int, float],
         action: Action,
-        names: Collection[str],
+        spans: Mapping[str, slice],
         dtype: torch.dtype,
     ) -> None:
         wide = np.dtype(np.float64 if dtype == torch.float64 else np.float32)
@@ -128,17 +167,16 @@ class Directions:
                         total += z
                 action(name, part, torch.from_numpy(total))
 
-        _in_parallel(work, self._chunks(names))
+        _in_parallel(work, self._chunks(spans))
 
-    def _chunks(self, names: Collection[str]) -> Iterator[list[Piece]]:
-        share = sum(self._shape[name].numel() for name in names) // torch.get_num_threads()
+    def _chunks(self, spans: Mapping[str, slice]) -> Iterator[list[Piece]]:
+        share = sum(span.stop - span.start for span in spans.values()) // torch.get_num_threads()
         enough = min(max(share, _CHUNK_ENTRIES // 4), _CHUNK_ENTRIES)
         chunk: list[Piece] = []
         entries = 0
-        for name in names:
-            numel = self._shape[name].numel()
-            for start in range(0, numel, PIECE_ENTRIES):
-                part = slice(start, min(start + PIECE_ENTRIES, numel))
+        for name, span in spans.items():
+            for start in range(span.start, span.stop, PIECE_ENTRIES):
+                part = slice(start, min(start + PIECE_ENTRIES, span.stop))
                 chunk.append((name, part, self._first_block[name] + start // self._per_block))
                 entries += part.stop - start
                 if entries >= enough:
@@ -161,10 +199,34 @@ class Directions:
             def add(_: str, __: slice, z: Tensor) -> None:
                 squares.append(int(z.square_().mul_(2.0**20).round_().sum()))
 
-            self._visit(step, {direction: 1.0}, {direction: 1.0}, add, self._shape, torch.float64)
+            spans = {name: slice(0, shape.numel()) for name, shape in self._shape.items()}
+            self._visit(step, {direction: 1.0}, {direction: 1.0}, add, spans, torch.float64)
             self._scale_key = (step, direction)
             self._scale = math.sqrt(self.num_entries / (sum(squares) * 2.0**-20))
         return self._scale
+
+
+@functools.cache
+def gpu_kernel(device: torch.device) -> Fill | None:
+    """The Triton kernel that makes entries on a GPU, or None without Triton or where it misses the CPU's bits."""
+    try:
+        from peft_dpzero.kernels import fill
+
+        for signs in (False, True):
+            made, wanted = torch.empty(5003, device=device), torch.empty(5003)
+            fill(made, _table(device), 3, 2, 1, 7, signs)
+            Stream(3, 2, 1, signs).fill(7, wanted.numpy())
+            if not torch.equal(made.cpu(), wanted):
+                raise RuntimeError("the kernel and the CPU disagree")
+    except Exception as error:
+        logger.warning("Directions for %s are made on the CPU, which is slow (Triton: %s).", device, error)
+        return None
+    return fill
+
+
+@functools.cache
+def _table(device: torch.device) -> Tensor:
+    return torch.from_numpy(gaussian_table()).to(device)
 
 
 def _in_parallel(work: Callable[[list[Piece]], None], chunks: Iterator[list[Piece]]) -> None:

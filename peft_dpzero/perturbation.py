@@ -23,6 +23,9 @@ KEPT_ENTRIES = 1 << 22
 # memory is used again by the next, since the system takes as long to hand out pages as threads take to fill them.
 STREAMED_ENTRIES = 1 << 26
 
+# What is made and used at once on a GPU: 64 MiB of float32.
+_GPU_PIECE_ENTRIES = 1 << 24
+
 logger = logging.getLogger(__name__)
 
 # (direction k, scale s): the point θ + s·z_k.
@@ -82,7 +85,7 @@ class Perturbation:
         if self._keeps:
             vector = self._vector(step, direction, parameter.device)
             return self.directions.view(vector, name)
-        return self.directions.entry(step, direction, name).to(parameter.device)
+        return self.directions.entry(step, direction, name, device=parameter.device)
 
     @contextmanager
     def at(self, step: int, direction: int, scale: float) -> Iterator[None]:
@@ -185,9 +188,12 @@ class Perturbation:
             return
         on_cpu = [name for name in names if self.parameters[name].device.type == "cpu"]
         self.directions.visit(step, coefficients, action, on_cpu, self._wide)
-        for name in set(names).difference(on_cpu):
-            total = self._sum(coefficients, (self.z(step, k, name).flatten() for k in coefficients))
-            action(name, slice(0, total.numel()), total)
+        for name in names:
+            device, numel = self.parameters[name].device, self.directions.numel(name)
+            for start in range(0, 0 if device.type == "cpu" else numel, _GPU_PIECE_ENTRIES):
+                part = slice(start, min(start + _GPU_PIECE_ENTRIES, numel))
+                pieces = (self.directions.entry(step, k, name, part, device).view(-1) for k in coefficients)
+                action(name, part, self._sum(coefficients, pieces))
 
     @property
     def _keeps(self) -> bool:
@@ -199,7 +205,7 @@ class Perturbation:
             self._kept_step = step
         key = (direction, device)
         if key not in self._kept:
-            vector = self.directions.vector(step, direction).to(device)
+            vector = self.directions.vector(step, direction, device)
             if self._kept and (len(self._kept) + 1) * vector.numel() > KEPT_ENTRIES:
                 # The newest makes room, so that the first ones last and both sides of a direction share one.
                 self._kept.popitem()
