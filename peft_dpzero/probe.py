@@ -112,8 +112,11 @@ class Probe:
             logger.info("Logits are made at all positions: this model's head does more than project.")
             head = None
         stacked = Losses(self.model, self.task, place, head=head, stacks=True)
-        stacks = perturbation.most_stacked > 1 and self._agrees(perturbation, stacked)
-        return Losses(self.model, self.task, place, trunk, head, stacks)
+        if perturbation.most_stacked > 1 and self._agrees(perturbation, stacked):
+            above_trunk = Losses(self.model, self.task, place, trunk, head, stacks=True)
+            if trunk is None or self._agrees(perturbation, above_trunk):
+                return above_trunk
+        return Losses(self.model, self.task, place, trunk, head)
 
     def _agrees(self, perturbation: Perturbation, losses: Losses) -> bool:
         """Whether `losses` gives the plain passes' values on the made-up batch; False if it cannot be told."""

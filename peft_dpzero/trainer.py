@@ -178,19 +178,21 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
         plan, config = self.privacy_plan, self.dpzero_config
         perturbation = self._perturbation()
         secret = seeded_secret(self.args.seed) if config.deterministic else new_secret()
+        losses = self._losses or Losses(model, self.task, self._prepare_inputs)
+        losses.model = model
         step = PrivateStep(
             model,
             plan,
             self._private_batches(PoissonSampler(plan.num_units, plan.sample_rate, secret)),
-            self._losses or Losses(model, self.task, self._prepare_inputs),
+            losses,
             perturbation,
             self._dpzero_optimizer,
             self._journal,
             self._segments,
             self.accelerator,
         )
-        losses = {entry.released.step + 1: entry.released.loss for entry in step.replayed}
-        self._private_losses = {done: loss for done, loss in losses.items() if loss is not None}
+        released = {entry.released.step + 1: entry.released.loss for entry in step.replayed}
+        self._private_losses = {done: loss for done, loss in released.items() if loss is not None}
         return step
 
     def _private_batches(self, sampler: PoissonSampler) -> LogicalBatches:

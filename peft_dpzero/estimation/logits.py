@@ -44,9 +44,8 @@ class FullLogits:
 
     def at(self, rows: Tensor, positions: Tensor, words: Tensor | None = None) -> Tensor:
         """See `Logits`."""
-        return (
-            self._logits[rows, positions] if words is None else self._logits[rows[:, None], positions[:, None], words]
-        )
+        gathered = self._logits[rows, positions]
+        return gathered if words is None else gathered[:, words]
 
 
 class HiddenLogits:
@@ -105,5 +104,6 @@ class OutputHead:
             return torch.as_tensor(self.module(hidden))
         if not self._rows_readable:
             return torch.as_tensor(self.module(hidden)[:, words])
-        weight, bias = self.module.weight, self.module.bias
-        return F.linear(hidden, weight[words], None if bias is None else bias[words])
+        assert isinstance(self.module, nn.Linear)
+        bias = self.module.bias
+        return F.linear(hidden, self.module.weight[words], None if bias is None else bias[words])
