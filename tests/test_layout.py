@@ -14,7 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A module imports from lower layers or from its own, never from higher ones.
 LAYERS = (
     ("errors", "config"),
-    ("philox", "streaming", "directions", "perturbation"),
+    ("philox", "kernels", "streaming", "directions", "perturbation"),
     ("mechanism", "release", "estimation"),
     ("guards", "probe_causes", "probe_data", "probe", "saving"),
     ("step",),

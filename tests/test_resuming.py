@@ -85,19 +85,19 @@ def by_dp_accounting_alone(record: dict[str, Any]) -> float:
 @pytest.mark.parametrize("saving", [{"save_strategy": "no"}, {"save_strategy": "steps", "save_steps": 2}])
 def test_a_finished_run_is_trained_further(saving: dict[str, Any], tmp_path: Path) -> None:
     tiny_model("classifier").save_pretrained(tmp_path / "base")
-    first = run(tmp_path / "out", 4, target_epsilon=2.0, noise_multiplier=None, **saving)
+    first = run(tmp_path / "out", 4, target_epsilon=0.2, noise_multiplier=None, **saving)
     first.train()
-    more = run(tmp_path / "out", 7, seed=9, target_epsilon=3.0, noise_multiplier=None, **saving)
+    more = run(tmp_path / "out", 7, seed=9, target_epsilon=0.4, noise_multiplier=None, **saving)
     assert more.train(resume_from_checkpoint=True).global_step == 7
     record = more.privacy_record()
     assert [segment["steps"] for segment in record["segments"]] == [4, 3]
     assert (record["steps"], record["noise_multiplier"]) == (7, record["segments"][-1]["noise_multiplier"])
-    assert 2.98 < record["epsilon"] <= 3.0
+    assert 0.397 < record["epsilon"] <= 0.4
     assert record["epsilon"] == pytest.approx(by_dp_accounting_alone(record), abs=1e-3)
     more.save_model(str(tmp_path / "release"))
     assert {check.status for check in verify(tmp_path / "release", tmp_path / "base")} == {"ok"}
     with pytest.raises(DPZeroError, match="raise target_epsilon"):
-        run(tmp_path / "out", 9, target_epsilon=3.0, noise_multiplier=None).train(resume_from_checkpoint=True)
+        run(tmp_path / "out", 9, target_epsilon=0.4, noise_multiplier=None).train(resume_from_checkpoint=True)
 
 
 def test_a_continued_run_resumes_within_its_segment(tmp_path: Path) -> None:

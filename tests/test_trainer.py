@@ -85,8 +85,8 @@ def test_rows_go_through_the_model_a_micro_batch_at_a_time(tmp_path: Path) -> No
 
     run.add_callback(Watch())
     run.train()
-    wanted = [8] * (64 // 8) * (2 * 2 * 2)
-    assert sizes[-len(wanted) :] == wanted  # after the probe's
+    # So few tokens meet both sides of both directions in one pass.
+    assert sizes == [8] * (64 // 8) * 2
 
 
 def test_evaluation_metrics_and_schedule(tmp_path: Path) -> None:
@@ -278,12 +278,12 @@ class Faulty(torch.utils.data.Dataset):  # type: ignore[type-arg]
         raise ValueError(f"{CANARY} in row {index}")
 
 
-def third_time(function: Any, error: BaseException) -> Any:
-    """`function`, but its third call raises."""
+def second_time(function: Any, error: BaseException) -> Any:
+    """`function`, but its second call raises."""
     calls = iter(range(3))
 
     def failing(*args: Any, **kwargs: Any) -> Any:
-        if next(calls, None) == 2:
+        if next(calls, None) == 1:
             raise error
         return function(*args, **kwargs)
 
@@ -311,9 +311,9 @@ def test_an_interrupted_step_restores_every_bit(error: BaseException, place: str
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             if place == "model":
                 layer = model.base_model.model.bert.encoder.layer[1]
-                layer.forward = third_time(layer.forward, error)
+                layer.forward = second_time(layer.forward, error)
             else:
-                run.task.losses = third_time(run.task.losses, error)
+                run.task.losses = second_time(run.task.losses, error)
 
     run.add_callback(Plant())
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else PrivateStepError

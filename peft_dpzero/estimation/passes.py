@@ -63,7 +63,7 @@ class Losses:
     @torch.no_grad()
     def __call__(self, batch: MicroBatch) -> Tensor:
         """Losses of one micro-batch on its device, at the model's parameters: (b,) float64, on the CPU."""
-        return self._losses(batch, self.model).to("cpu", torch.float64)
+        return self._losses(batch).to("cpu", torch.float64)
 
     @torch.no_grad()
     def stacked(self, batch: MicroBatch, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -75,13 +75,12 @@ class Losses:
 
         Returns: (P, b) float64, on the CPU.
         """
-
-        def at_point(values: dict[str, Tensor]) -> Tensor:
-            return self._losses(batch, lambda **inputs: functional_call(self.model, values, (), inputs))
-
+        whole = _Pass(self.model, self._losses)
+        values = {f"model.{name}": value for name, value in parameters.items()}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*batching rule.*")
-            return torch.as_tensor(vmap(at_point)(dict(parameters))).to("cpu", torch.float64)
+            losses = vmap(lambda point: functional_call(whole, point, (batch,)))(values)
+        return torch.as_tensor(losses).to("cpu", torch.float64)
 
     def points_at_once(self, batch: MicroBatch) -> int:
         """How many points to stack over one micro-batch; 1 stacks none."""
@@ -92,14 +91,14 @@ class Losses:
         tokens = ids.numel() if isinstance(ids, Tensor) else rows
         return (STACKED_TOKENS if self.trunk is None else STACKED_TOKENS_ABOVE_TRUNK) // max(tokens, 1)
 
-    def _losses(self, batch: MicroBatch, run: Callable[..., Any]) -> Tensor:
+    def _losses(self, batch: MicroBatch) -> Tensor:
         inputs = {**self.task.inputs(batch), **self._settings}
         if self.head is None:
-            losses = self.task.losses(run(**inputs), batch)
+            losses = self.task.losses(self.model(**inputs), batch)
         else:
             assert isinstance(self.task, LabelPositionTask)
             with self.head.held_back() as hidden:
-                run(**inputs)
+                self.model(**inputs)
             losses = self.task.losses_from(HiddenLogits(hidden[-1], self.head), batch)
         if losses.ndim != 1:
             raise DPZeroError(
@@ -107,6 +106,18 @@ class Losses:
                 "averaged over the batch."
             )
         return losses
+
+
+class _Pass(nn.Module):
+    """A model and the reading of its losses as one module, so that both meet the same parameters."""
+
+    def __init__(self, model: nn.Module, read: Callable[[MicroBatch], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.read = read
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        return self.read(batch)
 
 
 def _takes_use_cache(model: Any) -> bool:

@@ -7,6 +7,7 @@ A run is T releases, each a Gaussian mechanism with noise multiplier σ on a Poi
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -167,7 +168,7 @@ def calibrate_after(
     target_delta: float,
     sample_rate: float,
     steps: int,
-    neighboring: str,
+    neighboring: str = "add_or_remove_one",
     mechanism: str = "gaussian",
 ) -> float:
     """The smallest σ, to 0.1 %, with which `steps` more releases after `spent` stay within `target_epsilon`.
@@ -176,30 +177,32 @@ def calibrate_after(
         DPZeroError: `spent` leaves next to nothing.
     """
     before = epsilon_of(spent, target_delta, neighboring, mechanism=mechanism)
+    too_little = DPZeroError(
+        f"The releases made so far cost ε={before:.4g} of target_epsilon={target_epsilon:g}, which leaves too "
+        f"little for {steps} more: raise target_epsilon."
+    )
     if before >= SPENT * target_epsilon:
-        raise DPZeroError(
-            f"The releases made so far cost ε={before:.4g} of target_epsilon={target_epsilon:g}, which leaves too "
-            f"little for {steps} more: raise target_epsilon."
-        )
+        raise too_little
     if mechanism == "laplace":
         return laplace_noise_multiplier(target_epsilon - before, sample_rate, steps, neighboring)
+    # Alone they would need at least this much.
+    alone = calibrate_noise_multiplier(target_epsilon, target_delta, sample_rate, steps, neighboring)
+    if not spent:
+        return alone
+    prior = PLDAccountant(RELATIONS[neighboring], value_discretization_interval=INTERVAL)
+    for segment in spent:
+        prior.compose(_event(segment.noise_multiplier, segment.sample_rate, segment.steps))
 
     def proven(sigma: float) -> bool:
-        return epsilon_of((*spent, Segment(sigma, sample_rate, steps)), target_delta, neighboring) <= target_epsilon
+        accountant = copy.deepcopy(prior).compose(_event(sigma, sample_rate, steps))
+        return bool(accountant.get_epsilon(target_delta) <= target_epsilon)
 
-    # Alone they would need at least this much.
-    low = calibrate_noise_multiplier(target_epsilon, target_delta, sample_rate, steps, neighboring)
-    if not spent:
-        return low
-    high, most = low, MOST_NOISE * low
-    while high <= most and not proven(high):
+    low, high = alone, 2 * alone
+    while high <= MOST_NOISE * alone and not proven(high):
         low, high = high, high * 2
-    if high > most:
-        raise DPZeroError(
-            f"The releases made so far cost ε={before:.4g} of target_epsilon={target_epsilon:g}, which leaves too "
-            f"little for {steps} more: raise target_epsilon."
-        )
-    while high - low > TOLERANCE * high:
+    if high > MOST_NOISE * alone:
+        raise too_little
+    while high - low > TOLERANCE * low:
         middle = (low + high) / 2
         low, high = (low, middle) if proven(middle) else (middle, high)
     return high

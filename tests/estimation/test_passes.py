@@ -1,0 +1,190 @@
+"""Every way to make passes cheaper gives the losses of the plain pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft_dpzero import Losses, Perturbation, Probe, Task, TokenTask, Verbalizer, infer_task
+from peft_dpzero.estimation.batching import trimmed
+from peft_dpzero.estimation.differences import losses_at
+from peft_dpzero.estimation.logits import OutputHead
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tiny import VOCABULARY, tiny_model
+
+CPU = torch.device("cpu")
+POINTS = [(0, 1e-2), (0, -1e-2), (1, 1e-2), (2, 0.0)]
+TARGETS = {"classifier": ["query", "value"], "causal_lm": ["q_proj", "v_proj"], "masked_lm": ["query"]}
+TASKS = {"classifier": "SEQ_CLS", "causal_lm": "CAUSAL_LM", "masked_lm": None}
+
+
+class Words:
+    """The part of a tokenizer that a verbalizer reads: a word of n letters has n tokens."""
+
+    mask_token_id, unk_token_id = 4, None
+
+    def __call__(self, word: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
+        return {"input_ids": [10 + ord(letter) % 40 for letter in word]}
+
+
+def lora(kind: str, **changes: Any) -> Any:
+    settings = {"task_type": TASKS[kind], "r": 2, "target_modules": TARGETS[kind], "init_lora_weights": False}
+    return get_peft_model(tiny_model(kind), LoraConfig(**(settings | changes)))
+
+
+def full(kind: str) -> Any:
+    return tiny_model(kind)
+
+
+MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
+    "LoRA": ("classifier", lambda: lora("classifier")),
+    "LoRA on the last layer": ("classifier", lambda: lora("classifier", layers_to_transform=[1])),
+    "LoRA and head": ("classifier", lambda: lora("classifier", modules_to_save=["classifier"])),
+    "full classifier": ("classifier", lambda: full("classifier")),
+    "causal LM": ("causal_lm", lambda: lora("causal_lm")),
+    "causal LM, head in LoRA": ("causal_lm", lambda: lora("causal_lm", target_modules=["q_proj", "lm_head"])),
+    "full causal LM": ("causal_lm", lambda: full("causal_lm")),
+    "masked LM": ("masked_lm", lambda: lora("masked_lm")),
+    "IA3": (
+        "causal_lm",
+        lambda: get_peft_model(
+            tiny_model("causal_lm"),
+            IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        ),
+    ),
+    "prefix": (
+        "causal_lm",
+        lambda: get_peft_model(
+            tiny_model("causal_lm"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        ),
+    ),
+    "prompt": (
+        "causal_lm",
+        lambda: get_peft_model(
+            tiny_model("causal_lm"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        ),
+    ),
+}
+
+
+def batch(kind: str, rows: int = 3, length: int = 7) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(5, VOCABULARY, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, -2:] = 0
+    unlabelled = torch.rand(ids.shape, generator=generator) < 0.5
+    labels = torch.arange(rows) % 2 if kind == "classifier" else ids.masked_fill(unlabelled, -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def at_all(losses: Losses, one: dict[str, Tensor], model: Any) -> Tensor:
+    return losses_at(losses, [one], Perturbation(model), 0, POINTS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_probes_choice_gives_the_plain_losses(name: str) -> None:
+    kind, build = MODELS[name]
+    model = build().eval()
+    task = infer_task(model)
+    chosen = Probe(model, CPU, task=task).losses(Perturbation(model), dict)
+    plain = at_all(Losses(model, task, dict), batch(kind), model)
+    assert plain.shape == (len(POINTS), 3)
+    torch.testing.assert_close(at_all(chosen, batch(kind), model), plain, rtol=1e-5, atol=1e-6)
+    assert chosen.stacks or name in ("prefix", "prompt")
+    assert (chosen.head is not None) == (kind != "classifier")
+
+
+@pytest.mark.parametrize("words", [["a", "b"], ["ab", "cde", "f"]])
+@pytest.mark.parametrize("kind", ["causal_lm", "masked_lm"])
+def test_label_words_are_projected_alone(kind: str, words: list[str]) -> None:
+    model = lora(kind).eval()
+    task = Verbalizer(Words(), words, causal=kind == "causal_lm")
+    one = batch(kind) | {"labels": torch.tensor([0, 1, 1])}
+    one["input_ids"][:, 1 : 1 + task.longest] = Words.mask_token_id
+    plain = at_all(Losses(model, task, dict), one, model)
+    for stacks in (False, True):
+        chosen = Losses(model, task, dict, head=OutputHead.of(model), stacks=stacks)
+        torch.testing.assert_close(at_all(chosen, one, model), plain, rtol=1e-5, atol=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """The most entries that a tensor of vocabulary width had."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        weight = func is torch.ops.aten.t.default
+        if isinstance(out, Tensor) and not weight and out.ndim > 1 and out.shape[-1] == VOCABULARY:
+            self.entries = max(self.entries, out.numel())
+        return out
+
+
+def test_no_logits_are_made_where_there_are_no_labels() -> None:
+    model = lora("causal_lm").eval()
+    one = batch("causal_lm", rows=4, length=12)
+    one["labels"].fill_(-100)
+    one["labels"][:, 5] = 7
+    with Largest() as everywhere:
+        Losses(model, TokenTask(1), dict)(one)
+    with Largest() as at_labels:
+        Losses(model, TokenTask(1), dict, head=OutputHead.of(model))(one)
+    assert (everywhere.entries, at_labels.entries) == (4 * 12 * VOCABULARY, 4 * VOCABULARY)
+
+
+def test_a_head_that_does_more_than_project_falls_back() -> None:
+    model = tiny_model("causal_lm")
+    forward = model.forward
+
+    def capped(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        out.logits = torch.tanh(out.logits * 30) / 30
+        return out
+
+    model.forward = capped
+    chosen = Probe(model, CPU, task=TokenTask(1)).losses(Perturbation(model), dict)
+    assert chosen.head is None
+    torch.testing.assert_close(
+        at_all(chosen, batch("causal_lm"), model),
+        at_all(Losses(model, TokenTask(1), dict), batch("causal_lm"), model),
+    )
+
+
+def test_a_users_own_losses_are_read_from_whole_outputs() -> None:
+    class Own(TokenTask):
+        def losses(self, outputs: Any, batch: Any) -> Tensor:
+            return outputs.logits.float().mean(dim=(1, 2))
+
+    model = tiny_model("causal_lm")
+    losses: Task = Own(1)
+    chosen = Probe(model, CPU, task=losses).losses(Perturbation(model), dict)
+    assert chosen.head is None
+    assert at_all(chosen, batch("causal_lm"), model).shape == (len(POINTS), 3)
+
+
+def test_stacked_parameters_are_those_of_single_points() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        model = tiny_model("classifier").to(dtype)
+        perturbation = Perturbation(model)
+        together = perturbation.stacked(3, POINTS)
+        for i, (direction, scale) in enumerate(POINTS):
+            with perturbation.at(3, direction, scale):
+                for name, parameter in perturbation.parameters.items():
+                    assert torch.equal(together[name][i], parameter)
+
+
+def test_columns_that_are_padding_in_every_row_are_cut_off() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0]])
+    ids = torch.arange(12).view(2, 6)
+    labels = torch.full((2, 6), -100)
+    cut = trimmed({"input_ids": ids, "attention_mask": mask, "labels": labels, "other": torch.ones(2)})
+    assert cut["input_ids"].tolist() == [[1, 2, 3], [7, 8, 9]]
+    assert cut["labels"].shape == cut["attention_mask"].shape == (2, 3)
+    assert cut["other"].shape == (2,)
+    labels[1, 5] = 3
+    assert trimmed({"input_ids": ids, "attention_mask": mask, "labels": labels})["input_ids"].shape == (2, 5)
