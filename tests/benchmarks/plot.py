@@ -53,6 +53,8 @@ def _times(axes: Any, sections: dict[str, Any]) -> None:
             seen.add(name)
     axes.set_xticks(range(len(groups)), [title for title, _ in groups])
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.set_ylabel("seconds a step / floor's")
     axes.set_title("K = 1: two forward passes", fontsize=10)
     if groups:

@@ -35,6 +35,7 @@ from stacks import profiled, table
 from timing import Contender, alternate, ratios, spread
 from workloads import REVIEWS, ROOT, Workload, gemma, llama, minilm
 
+SLOW = 3
 PACKAGES = ("torch", "transformers", "peft", "opacus")
 
 
@@ -51,20 +52,24 @@ class Bench:
         workload: Workload,
         others: dict[str, Contender],
         num_directions: int = 1,
-        floors: list[Floor] | None = None,
+        rounds: int | None = None,
     ) -> dict[str, Any]:
-        """Ours, the floor and `others` in alternation: their seconds and the ratios of each to ours."""
+        """Ours, the floor and `others` in alternation: their seconds and the ratios of each to ours.
+
+        At most `rounds` rounds, for what is slow.
+        """
         draw = Batches(workload)
-        floors = self.best_floors(workload, num_directions) if floors is None else floors
+        rounds = min(self.rounds, rounds or self.rounds)
+        floors = self.best_floors(workload, num_directions)
         contenders: dict[str, Contender] = {"ours": Ours(workload, num_directions)}
         contenders |= {f"floor {floor.name}": floor for floor in floors}
-        times = alternate(contenders | others, draw, self.rounds, first=10)
+        times = alternate(contenders | others, draw, rounds, first=10)
         floor = min((name for name in times if name.startswith("floor")), key=lambda n: statistics.median(times[n]))
         found: dict[str, Any] = {
             "num_directions": num_directions,
             "batch_size": workload.batch_size,
             "micro_batch_size": workload.micro_batch_size,
-            "tokens": [sum(len(r["input_ids"]) for r in draw(10 + 1 + n)) for n in range(self.rounds)],
+            "tokens": [sum(len(r["input_ids"]) for r in draw(10 + 1 + n)) for n in range(rounds)],
             "floor_layout": floor.removeprefix("floor "),
             "seconds": {name: spread(values) for name, values in times.items()},
             "ours_over_floor": spread(ratios(times, "ours", floor)),
@@ -78,7 +83,7 @@ class Bench:
         """The two fastest layouts over one direction's passes; both then take part in the rounds."""
         draw = Batches(workload)
         tried = {floor.name: floor for floor in candidates(workload, passes=2)}
-        times = alternate(tried, draw, rounds=1 if self.quick else 2, first=1, warm_up=0)
+        times = alternate(tried, draw, rounds=1, first=1, warm_up=0)
         best = sorted(tried, key=lambda name: statistics.median(times[name]))[:2]
         return [Floor(workload, tried[n].layout_name, tried[n].doubled, 2 * num_directions) for n in best]
 
@@ -92,7 +97,7 @@ def minilm_lora(bench: Bench) -> dict[str, Any]:
     found = {"k1": bench.compare(workload, {"reference": Reference(workload), **opacus})}
     if not bench.quick:
         smaller = minilm("lora", batch_size=16, micro_batch_size=16)
-        found["k16"] = bench.compare(smaller, {}, 16)
+        found["k16"] = bench.compare(smaller, {}, 16, SLOW)
     return found
 
 
@@ -104,17 +109,17 @@ def minilm_full(bench: Bench) -> dict[str, Any]:
 def gemma_lora(bench: Bench) -> dict[str, Any]:
     workload = gemma("lora")
     others = {"reference": Reference(workload), "reference one row": Reference(workload, candidates=False)}
-    return {"k1": bench.compare(workload, others)}
+    return {"k1": bench.compare(workload, others, rounds=SLOW)}
 
 
 def gemma_full(bench: Bench) -> dict[str, Any]:
     workload = gemma("full")
-    return {"k1": bench.compare(workload, {"reference": Reference(workload)})}
+    return {"k1": bench.compare(workload, {"reference": Reference(workload)}, rounds=SLOW)}
 
 
 def llama_lora(bench: Bench) -> dict[str, Any]:
     workload = llama("lora")
-    return {"k1": bench.compare(workload, {"reference": Reference(workload)})}
+    return {"k1": bench.compare(workload, {"reference": Reference(workload)}, rounds=SLOW)}
 
 
 def memory(bench: Bench) -> dict[str, Any]:

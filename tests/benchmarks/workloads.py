@@ -139,7 +139,7 @@ def causal_lm(
     mode: str,
     batch_size: int = 4,
     micro_batch_size: int = 4,
-    lengths: tuple[int, int] = (128, 512),
+    lengths: tuple[int, int] = (128, 384),
     count: int = 256,
     completion: float = 0.25,
     targets: str | None = None,
