@@ -1,6 +1,7 @@
 """Training processes that are killed at random instants and resumed. usage: killed_runs.py FOLDER KILLS SEED [private]
 
-Imports once, then forks: each life of the run is a process of its own, ended by SIGKILL. Prints what happened as JSON.
+Imports once, then forks: each life of the run is a process of its own, ended by SIGKILL. The run goes to FOLDER/killed;
+unless it is private, an uninterrupted one goes to FOLDER/whole. Prints what happened as JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tiny import arguments, tiny_dataset, tiny_model
 
 STEPS = 300
 PACE = 8  # at most this many releases a life, while kills are left
-OPTIONS: dict[str, Any] = {"noise_multiplier": 1.0, "target_delta": 1e-5, "num_directions": 2}
+OPTIONS: dict[str, Any] = {"noise_multiplier": 8.0, "target_delta": 1e-5, "num_directions": 2}
 
 
 def train(folder: Path, private: bool) -> None:
@@ -31,7 +32,9 @@ def train(folder: Path, private: bool) -> None:
     torch.manual_seed(0)
     lora = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
     model = get_peft_model(tiny_model("classifier"), lora)
-    settings = arguments(folder, max_steps=STEPS, save_strategy="steps", save_steps=7, save_total_limit=3)
+    settings = arguments(
+        folder, max_steps=STEPS, save_strategy="steps", save_steps=50 if private else 7, save_total_limit=3
+    )
     optimizer = DPZeroOptimizer([p for p in model.parameters() if p.requires_grad], lr=0.01, momentum=0.5)
     trainer = DPZeroTrainer(
         model,
@@ -81,8 +84,15 @@ def kill_later(child: int, folder: Path, chance: random.Random) -> bool:
     return False
 
 
+def finish(folder: Path, private: bool) -> None:
+    """The last life, which ends by itself."""
+    if os.waitstatus_to_exitcode(os.waitpid(born(folder, private), 0)[1]):
+        sys.exit((folder / "output.txt").read_text()[-3000:])
+
+
 def main() -> None:
-    folder, kills, seed, private = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), "private" in sys.argv
+    folder, private = Path(sys.argv[1]) / "killed", "private" in sys.argv
+    kills, seed = map(int, sys.argv[2:4])
     folder.mkdir(parents=True)
     torch.set_num_threads(1)
     logging.set_verbosity_error()
@@ -92,8 +102,11 @@ def main() -> None:
         if not kill_later(born(folder, private), folder, chance):
             sys.exit("A life ended by itself:\n" + (folder / "output.txt").read_text()[-3000:])
         counts.append(releases(folder))
-    if os.waitstatus_to_exitcode(os.waitpid(born(folder, private), 0)[1]):
-        sys.exit((folder / "output.txt").read_text()[-3000:])
+    finish(folder, private)
+    if not private:
+        whole = folder.with_name("whole")
+        whole.mkdir()
+        finish(whole, private)
     print(json.dumps({"releases_at_kills": counts}))
 
 

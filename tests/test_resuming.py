@@ -35,8 +35,7 @@ def live_and_die(folder: Path, kills: int, *options: str) -> dict[str, Any]:
 
 
 def test_thirty_kills_change_nothing(tmp_path: Path) -> None:
-    live_and_die(tmp_path / "whole", 0)
-    counts = live_and_die(tmp_path / "killed", KILLS)["releases_at_kills"]
+    counts = live_and_die(tmp_path, KILLS)["releases_at_kills"]
     assert len(counts) == KILLS
     assert len(set(counts)) > KILLS // 2
     assert counts[-1] < killed_runs.STEPS
@@ -50,8 +49,8 @@ def test_thirty_kills_change_nothing(tmp_path: Path) -> None:
 
 
 def test_killed_private_runs_release_each_step_once(tmp_path: Path) -> None:
+    live_and_die(tmp_path, 6, "private")
     folder = tmp_path / "killed"
-    live_and_die(folder, 6, "private")
     entries = read_journal(folder / "dpzero_journal").entries
     assert [entry.step for entry in entries] == list(range(killed_runs.STEPS))
     assert len({entry.values for entry in entries}) == len(entries)
@@ -123,18 +122,20 @@ def test_other_settings_or_fewer_steps_do_not_continue_a_run(tmp_path: Path) -> 
 
 
 def test_training_stops_before_the_step_that_would_pass_its_epsilon(tmp_path: Path) -> None:
-    cap = 3.0
-    capped = run(tmp_path, 60, target_epsilon=cap)
+    sigma = {"noise_multiplier": 4.0}
+    cap = epsilon_of((Segment(4.0, 4 / 64, 23),), 1e-5) * 1.001
+    capped = run(tmp_path, 40, target_epsilon=cap, **sigma)
     with pytest.warns(UserWarning, match="would pass target_epsilon"):
         done = capped.train().global_step
-    spent, one_more = (epsilon_of((Segment(1.0, 4 / 64, steps),), 1e-5) for steps in (done, done + 1))
+    spent, one_more = (epsilon_of((Segment(4.0, 4 / 64, steps),), 1e-5) for steps in (done, done + 1))
+    assert done == 23
     assert spent <= cap < one_more
     assert capped.privacy_record()["epsilon"] == spent
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        assert run(tmp_path, 60, target_epsilon=cap).train(resume_from_checkpoint=True).global_step == done
+        assert run(tmp_path, 40, target_epsilon=cap, **sigma).train(resume_from_checkpoint=True).global_step == done
     with pytest.raises(DPZeroError, match="Not one step"):
-        run(tmp_path / "none", 60, target_epsilon=0.01).train()
+        run(tmp_path / "none", 40, target_epsilon=0.001, **sigma).train()
 
 
 def test_without_a_checkpoint_a_run_goes_on_from_its_start(tmp_path: Path) -> None:
