@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from peft_dpzero.estimation.sampling import PoissonSampler
 from peft_dpzero.estimation.units import Units
 
 Collator = Callable[[list[Any]], dict[str, Any]]
+
+# What a pass costs besides its tokens, in tokens (`tests/benchmarks/stacking.py` fits it).
+PASS_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -99,23 +103,43 @@ class LogicalBatches:
             return [np.array([unit]) for unit in drawn]
         return [self._units.choose(int(unit), generator) for unit in drawn]
 
-    def _cuts(self, order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+    def _cuts(self, order: Sequence[int], lengths: Sequence[int]) -> list[Sequence[int]]:
         """Parts of `order`, whose lengths ascend."""
-        longest = lengths[order[-1]]
-        budget = self.max_tokens or self.micro_batch_size * longest
-        part: list[int] = []
-        for i in order:
-            full = (len(part) + 1) * lengths[i] > budget if longest else len(part) == self.micro_batch_size
-            if part and full:
-                yield part
-                part = []
-            part.append(i)
-        yield part
+        ascending = np.array([lengths[i] for i in order])
+        if ascending[-1]:
+            sizes = cheapest_parts(ascending, self.max_tokens or self.micro_batch_size * int(ascending[-1]))
+        else:
+            sizes = [self.micro_batch_size] * (-(-len(order) // self.micro_batch_size))
+        ends = np.cumsum([0, *sizes])
+        return [order[start:end] for start, end in pairwise(ends)]
 
     def _rows(self, indices: Sequence[int]) -> list[Any]:
         if hasattr(self._dataset, "__getitems__"):
             return list(self._dataset.__getitems__(list(indices)))
         return [self._dataset[i] for i in indices]
+
+
+def cheapest_parts(lengths: np.ndarray, budget: int) -> list[int]:
+    """Sizes of the consecutive parts that cost least: padded tokens, and `PASS_TOKENS` a part.
+
+    Args:
+        lengths: (n,) int64, ascending.
+        budget: padded tokens of a part at most, unless it is a single row.
+    """
+    least = np.zeros(len(lengths) + 1)
+    start = np.zeros(len(lengths) + 1, dtype=np.int64)
+    for end, length in enumerate(lengths, start=1):
+        first = max(0, min(end - 1, end - budget // max(int(length), 1)))
+        starts = np.arange(first, end)
+        costs = least[first:end] + PASS_TOKENS + (end - starts) * length
+        start[end] = first + int(np.argmin(costs))
+        least[end] = costs[start[end] - first]
+    sizes: list[int] = []
+    end = len(lengths)
+    while end:
+        sizes.append(end - int(start[end]))
+        end = int(start[end])
+    return sizes[::-1]
 
 
 def trimmed(batch: dict[str, Any]) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from peft_dpzero import (
     DPZeroConfig,
     DPZeroOptimizer,
     LogicalBatches,
-    Losses,
     Perturbation,
     PoissonSampler,
     PrivateStep,
+    Probe,
     make_plan,
 )
 from workloads import Row, Workload
@@ -45,7 +45,10 @@ class Ours:
         self.optimizer = DPZeroOptimizer(perturbation.parameters.values(), lr=1e-6)
         batches = LogicalBatches(workload.rows, Batches(workload).sampler, workload.collate, workload.micro_batch_size)
         device = next(workload.model.parameters()).device
-        losses = Losses(workload.model, workload.task, partial(send_to_device, device=device))
+        workload.model.eval()
+        losses = Probe(workload.model, device, task=workload.task).losses(
+            perturbation, partial(send_to_device, device=device)
+        )
         self.step = PrivateStep(workload.model, plan, batches, losses, perturbation, self.optimizer)
 
     def __call__(self, number: int, rows: list[Row]) -> None:

@@ -92,8 +92,8 @@ def minilm_lora(bench: Bench) -> dict[str, Any]:
     """MiniLM with LoRA: also against Opacus, and at K = 16."""
     from opacus_step import Opacus
 
-    workload = minilm("lora", batch_size=64, micro_batch_size=16)
-    opacus = {f"opacus {mode}": Opacus(minilm("lora", 64, 16), mode) for mode in ("hooks", "ghost")}
+    workload = minilm("lora", batch_size=256, micro_batch_size=64)
+    opacus = {f"opacus {mode}": Opacus(minilm("lora", 256, 64), mode) for mode in ("hooks", "ghost")}
     found = {"k1": bench.compare(workload, {"reference": Reference(workload), **opacus})}
     if not bench.quick:
         smaller = minilm("lora", batch_size=16, micro_batch_size=16)
