@@ -20,32 +20,25 @@ class SentenceConfig(BertConfig):
 
     model_type = "sentence_bert"
 
-    def __init__(self, pooled_layers: Sequence[int] = (3, 4, 5, 6), projection: int = 1024, **kwargs: Any) -> None:
+    def __init__(self, pooled_layers: Sequence[int] = (3, 4, 5, 6), projection: int = 256, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.pooled_layers = list(pooled_layers)
         self.projection = projection
 
 
 class Pooling(nn.Module):
-    """Three weighted means over tokens, standardised with public statistics: (b, 3 × layers × hidden).
-
-    The weights are softmax(0), softmax(query · token) and softmax(−query · token): all tokens alike, then those most
-    like each of two opposite meanings. A token is its hidden states in some layers, one after another.
-    """
+    """Mean over tokens of some layers' hidden states, standardised with public statistics: (b, layers × hidden)."""
 
     def __init__(self, layers: Sequence[int], hidden: int) -> None:
         super().__init__()
         self.layers = list(layers)
-        self.register_buffer("query", torch.zeros(len(self.layers) * hidden))
-        self.register_buffer("mean", torch.zeros(3 * len(self.layers) * hidden))
-        self.register_buffer("scale", torch.ones(3 * len(self.layers) * hidden))
+        self.register_buffer("mean", torch.zeros(len(self.layers) * hidden))
+        self.register_buffer("scale", torch.ones(len(self.layers) * hidden))
 
     def forward(self, hidden_states: Sequence[Tensor], attention_mask: Tensor) -> Tensor:
-        tokens = torch.cat([hidden_states[i] for i in self.layers], dim=2)  # [b, l, layers × hidden]
-        likeness = tokens @ self.query
-        scores = torch.stack([torch.zeros_like(likeness), likeness, -likeness], dim=1)  # [b, 3, l]
-        weights = scores.masked_fill(attention_mask[:, None] == 0, -torch.inf).softmax(dim=2)
-        return ((weights @ tokens).flatten(1) - self.mean) / self.scale
+        weights = attention_mask[..., None].to(hidden_states[0].dtype)  # [b, l, 1]
+        pooled = [(hidden_states[i] * weights).sum(1) / weights.sum(1) for i in self.layers]
+        return (torch.cat(pooled, dim=1) - self.mean) / self.scale
 
 
 class SentenceForSequenceClassification(PreTrainedModel):
@@ -61,7 +54,7 @@ class SentenceForSequenceClassification(PreTrainedModel):
         super().__init__(config)
         self.encoder = BertModel(config, add_pooling_layer=False)
         self.pooling = Pooling(config.pooled_layers, config.hidden_size)
-        features = 3 * len(config.pooled_layers) * config.hidden_size
+        features = len(config.pooled_layers) * config.hidden_size
         self.proj = nn.Linear(features, config.projection, bias=False)
         self.classifier = nn.Linear(config.projection, config.num_labels)
         self.post_init()
@@ -81,7 +74,7 @@ class SentenceForSequenceClassification(PreTrainedModel):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
     def encode(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
-        """Features of tokenised sentences: (b, 3 × layers × hidden)."""
+        """Features of tokenised sentences: (b, layers × hidden)."""
         assert attention_mask is not None
         encoded = self.encoder(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
         return self.pooling(encoded.hidden_states, attention_mask)
@@ -105,8 +98,8 @@ def start_from_public(
 ) -> tuple[SentenceForSequenceClassification, Any]:
     """A model that separates two sets of label phrases before it has seen any private example.
 
-    The pooling's query points from the mean of the `negative` phrases to the mean of the `positive` ones, and so does
-    the head; the projection between them is a PCA of unlabelled public `text`.
+    The projection is a mildly whitened PCA of unlabelled public `text`; the head points from the mean of the
+    `negative` phrases to the mean of the `positive` ones.
 
     Returns: the model, and the encoder's tokenizer.
     """
@@ -117,24 +110,25 @@ def start_from_public(
     model = SentenceForSequenceClassification(config).eval()
     model.encoder = BertModel.from_pretrained(encoder_path, add_pooling_layer=False).eval()
 
-    plain = slice(model.pooling.query.numel())  # the means that the query plays no part in
-    some = embed(model, tokenizer, text[::8])[:, plain]
-    low, high = (embed(model, tokenizer, phrases)[:, plain].mean(0) for phrases in (negative, positive))
-    query = (high - low) / some.var(0).clamp_min(1e-6)
-    model.pooling.query.copy_(query / (some @ query).std())
-
     features = embed(model, tokenizer, text)
     model.pooling.mean.copy_(features.mean(0))
-    model.pooling.scale.copy_(features.std(0).clamp_min(1e-3))
-    features = (features - model.pooling.mean) / model.pooling.scale
-    principal = torch.linalg.eigh(features.T @ features).eigenvectors.flip(1)[:, : config.projection].T
-    size = math.sqrt(config.projection) / (features @ principal.T).norm(dim=1).mean()
-    model.proj.weight.copy_(principal * size)
+    layers = (features - model.pooling.mean).view(len(text), -1, config.hidden_size)
+    scale = layers.square().mean(dim=(0, 2)).sqrt()
+    model.pooling.scale.copy_(scale.repeat_interleave(config.hidden_size))
 
-    low, high = (model.proj(embed(model, tokenizer, phrases)).mean(0) for phrases in (negative, positive))
-    projected = model.proj(features)
-    direction = (high - low) / (projected @ (high - low)).std()
-    middle = (low + high) @ direction / 2
+    features = (features - model.pooling.mean) / model.pooling.scale
+    directions, singular, _ = torch.linalg.svd((features / math.sqrt(len(text))).T, full_matrices=False)
+    variance = singular.square()
+    size = config.projection
+    whitening = (variance[:size] + 0.1 * variance.mean()) ** -0.25
+    projection = (directions[:, :size] * whitening).T
+    projection *= math.sqrt(size) / (features @ projection.T).norm(dim=1).mean()
+    model.proj.weight.copy_(projection)
+
+    low, high = (embed(model, tokenizer, phrases).mean(0) for phrases in (negative, positive))
+    direction = (directions[:, :size].T @ (high - low)) / whitening
+    direction /= (features @ projection.T @ direction).std()
+    middle = (low + high) @ projection.T @ direction / 2
     model.classifier.weight.copy_(torch.stack([-direction, direction]) / 4)
     model.classifier.bias.copy_(torch.stack([middle, -middle]) / 4)
     return model, tokenizer
