@@ -19,7 +19,7 @@ from peft_dpzero.estimation.units import Units
 
 Collator = Callable[[list[Any]], dict[str, Any]]
 
-# What a pass costs besides its tokens, in tokens (`tests/benchmarks/stacking.py` fits it).
+# What a pass costs besides its tokens, in tokens: an estimate that suits small models on a CPU.
 PASS_TOKENS = 64
 
 

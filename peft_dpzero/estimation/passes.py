@@ -26,7 +26,7 @@ from peft_dpzero.estimation.verbalizer import Verbalizer
 MicroBatch = Mapping[str, Any]
 
 # Tokens (or rows without tokens) that points are stacked up to. Where a trunk is shared, stacking multiplies only what
-# lies above it; elsewhere it pays while a pass is too small to keep a CPU busy (`tests/benchmarks/stacking.py`).
+# lies above it (`tests/benchmarks/stacking.py`); elsewhere it pays while a pass is too small to keep a CPU busy.
 STACKED_TOKENS = 512
 STACKED_TOKENS_ABOVE_TRUNK = 1 << 14
 
