@@ -8,10 +8,12 @@ instead of computing with θ.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+
+from peft_dpzero.forwards import Forward, replaced_forwards
 
 
 def streamable_parameters(
@@ -54,11 +56,9 @@ def streamed(
         originals: the streamed parameters and their values. The caller puts these back after the block.
         perturbed: makes the perturbed values of some of the parameters.
     """
-    with ExitStack() as stack:
-        for module in model.modules():
-            own = [parameter for parameter in module.parameters(recurse=False) if parameter in originals]
-            if own:
-                stack.enter_context(_perturbed_while_called(module, own, perturbed))
+    owners = {module: [p for p in module.parameters(recurse=False) if p in originals] for module in model.modules()}
+    forwards = {module: _perturbed_forward(module.forward, own, perturbed) for module, own in owners.items() if own}
+    with replaced_forwards(forwards):
         for parameter in originals:
             _empty(parameter)
         yield
@@ -68,13 +68,9 @@ def _empty(parameter: nn.Parameter) -> None:
     parameter.data = parameter.data.new_empty(0)
 
 
-@contextmanager
-def _perturbed_while_called(
-    module: nn.Module, own: list[nn.Parameter], perturbed: Callable[[list[nn.Parameter]], list[Tensor]]
-) -> Iterator[None]:
-    original: Callable[..., Any] = module.forward
-    was_own = "forward" in vars(module)
-
+def _perturbed_forward(
+    original: Forward, own: list[nn.Parameter], perturbed: Callable[[list[nn.Parameter]], list[Tensor]]
+) -> Forward:
     def forward(*args: Any, **kwargs: Any) -> Any:
         try:
             for parameter, value in zip(own, perturbed(own), strict=True):
@@ -84,11 +80,4 @@ def _perturbed_while_called(
             for parameter in own:
                 _empty(parameter)
 
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if was_own:
-            module.forward = original
-        else:
-            del module.forward
+    return forward

@@ -14,9 +14,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A module imports from lower layers or from its own, never from higher ones.
 LAYERS = (
     ("errors", "config"),
-    ("philox", "kernels", "streaming", "directions", "perturbation"),
+    ("philox", "kernels", "forwards", "streaming", "directions", "perturbation"),
     ("mechanism", "release", "estimation"),
-    ("guards", "probe_causes", "probe_data", "probe", "saving"),
+    ("guards", "probe_causes", "probe_data", "probe_shortcuts", "probe", "saving"),
     ("step",),
     ("resuming",),
     ("trainer",),

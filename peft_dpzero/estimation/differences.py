@@ -53,7 +53,8 @@ def losses_at(
     points: Sequence[Point],
 ) -> Tensor:
     """Losses of all rows at all points: (points, rows) float64, on the CPU."""
-    if not losses.stacks and losses.trunk is None:
+    trunk = losses.shortcuts.trunk
+    if not losses.shortcuts.stacks and trunk is None:
         # A point meets all micro-batches, so that parameters are perturbed least often.
         placed = [losses.place(one) for one in micro_batches]
         return torch.stack([_at_point(losses, placed, perturbation, step, point) for point in points])
@@ -73,7 +74,8 @@ def _at_points(
 ) -> Tensor:
     placed = losses.place(micro_batch)
     together = min(losses.points_at_once(placed), perturbation.most_stacked)
-    with losses.trunk.shared() if losses.trunk else nullcontext():
+    trunk = losses.shortcuts.trunk
+    with trunk.shared() if trunk else nullcontext():
         if together < 2:
             return torch.stack([_at_point(losses, [placed], perturbation, step, point) for point in points])
         chunks = [points[i : i + together] for i in range(0, len(points), together)]

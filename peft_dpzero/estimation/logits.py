@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_dpzero.estimation.forwards import replaced_forward
+from peft_dpzero.forwards import replaced_forwards
 
 # Logits that are made and widened at a time: larger pieces than a layer's activations would raise peak memory.
 CHUNK_ENTRIES = 1 << 20
@@ -95,7 +95,7 @@ class OutputHead:
             seen.append(hidden)
             return hidden[..., :0]
 
-        with replaced_forward(self.module, forward):
+        with replaced_forwards({self.module: forward}):
             yield seen
 
     def project(self, hidden: Tensor, words: Tensor | None = None) -> Tensor:

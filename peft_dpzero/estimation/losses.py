@@ -57,6 +57,10 @@ class Task:
         """One loss an example: (b,), float32 or float64."""
         raise NotImplementedError
 
+    def positions(self, batch: Batch, length: int) -> tuple[Tensor, Tensor] | None:
+        """Rows and positions, both (n,), of the outputs (b, length, …) that the losses read; None if not known."""
+        return None
+
     def predictions(self, outputs: Any, batch: Batch) -> Tensor:
         """What evaluation collects: the logits."""
         return torch.as_tensor(outputs.logits)
@@ -88,13 +92,17 @@ class TokenTask(LabelPositionTask):
 
     def losses_from(self, logits: Logits, batch: Batch) -> Tensor:
         labels = labels_of(batch)  # [b, l]
-        example, position = self._counted(labels, batch).nonzero(as_tuple=True)
-        targets = labels[example, position + self.shift]
-        position = position + (logits.length - labels.shape[1])
+        example, position = self.positions(batch, logits.length)
+        targets = labels[example, position + self.shift - (logits.length - labels.shape[1])]
         nll = cross_entropy_at(logits, example, position, targets)
         total = nll.new_zeros(labels.shape[0]).index_add(0, example, nll)
         count = torch.bincount(example, minlength=labels.shape[0]).clamp(min=1)
         return total / count
+
+    def positions(self, batch: Batch, length: int) -> tuple[Tensor, Tensor]:
+        labels = labels_of(batch)
+        example, position = self._counted(labels, batch).nonzero(as_tuple=True)
+        return example, position + (length - labels.shape[1])
 
     def _counted(self, labels: Tensor, batch: Batch) -> Tensor:
         """Which of `labels[:, shift:]` count: (b, l − shift) bool."""
@@ -137,6 +145,11 @@ class ClassificationTask(Task):
         if problem == "single_label_classification":
             return F.cross_entropy(logits, labels.view(-1), reduction="none")
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none").mean(dim=1)
+
+    def positions(self, batch: Batch, length: int) -> tuple[Tensor, Tensor]:
+        """The first of each row: what BERT's kind of head reads. Where a head reads more, the probe finds out."""
+        rows = torch.arange(len(labels_of(batch)), device=labels_of(batch).device)
+        return rows, torch.zeros_like(rows)
 
     @staticmethod
     def _problem(logits: Tensor, labels: Tensor) -> str:

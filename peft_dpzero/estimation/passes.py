@@ -1,9 +1,7 @@
 """Forward passes: per-example losses of a model, and the ways to make several passes cost less.
 
-`trunk`: activations that no direction changes are computed once a micro-batch. `head`: logits are made at label
-positions only. `stacks`: several points θ + s·z go through the model in one pass, a copy of the activations each from
-the first perturbed parameter on, so that frozen weights are read once. Each gives the losses of the plain pass within
-float rounding, which `Probe` checks on made-up tokens.
+Each of the `Shortcuts` gives the losses of the plain pass within float rounding, which `Probe` checks on made-up
+tokens before it is used.
 """
 
 from __future__ import annotations
@@ -11,6 +9,9 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from torch.func import functional_call, vmap
 
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.logits import HiddenLogits, OutputHead
-from peft_dpzero.estimation.losses import LabelPositionTask, Task, TokenTask
+from peft_dpzero.estimation.losses import LabelPositionTask, Task
+from peft_dpzero.estimation.merging import MergedLora
+from peft_dpzero.estimation.narrowing import NarrowedLayers
 from peft_dpzero.estimation.trunk import SharedTrunk
-from peft_dpzero.estimation.verbalizer import Verbalizer
 
 MicroBatch = Mapping[str, Any]
 
@@ -31,6 +33,29 @@ STACKED_TOKENS = 512
 STACKED_TOKENS_ABOVE_TRUNK = 1 << 14
 
 
+@dataclass(frozen=True)
+class Shortcuts:
+    """What a pass may leave out.
+
+    Attributes:
+        trunk: activations that no direction changes are computed once a micro-batch.
+        head: logits are made at label positions only. Used by tasks that read nothing else.
+        lora: LoRA layers run as one product.
+        last: the last layers run at the positions only that losses read.
+        stacks: several points θ + s·z go through the model in one pass, a copy of the activations each from the first
+            perturbed parameter on, so that frozen weights are read once.
+    """
+
+    trunk: SharedTrunk | None = None
+    head: OutputHead | None = None
+    lora: MergedLora | None = None
+    last: NarrowedLayers | None = None
+    stacks: bool = False
+
+
+PLAIN = Shortcuts()
+
+
 class Losses:
     """Per-example losses of a model on micro-batches, without autograd.
 
@@ -38,9 +63,7 @@ class Losses:
         model: in eval mode.
         task: how losses are read.
         place: moves a micro-batch to the model's device.
-        trunk: activations to share between passes over one micro-batch, or None.
-        head: the output head to hold back, or None. Used by tasks that read label positions only.
-        stacks: whether points may be stacked.
+        shortcuts: those that give the plain pass's losses; by default none.
     """
 
     def __init__(
@@ -48,22 +71,19 @@ class Losses:
         model: nn.Module,
         task: Task,
         place: Callable[[MicroBatch], MicroBatch],
-        trunk: SharedTrunk | None = None,
-        head: OutputHead | None = None,
-        stacks: bool = False,
+        shortcuts: Shortcuts = PLAIN,
     ) -> None:
         self.model = model
         self.task = task
         self.place = place
-        self.trunk = trunk
-        self.head = head if type(task) in (TokenTask, Verbalizer) else None
-        self.stacks = stacks
+        self.shortcuts = shortcuts
         self._settings = {"use_cache": False} if _takes_use_cache(model) else {}
 
     @torch.no_grad()
     def __call__(self, batch: MicroBatch) -> Tensor:
         """Losses of one micro-batch on its device, at the model's parameters: (b,) float64, on the CPU."""
-        return self._losses(batch).to("cpu", torch.float64)
+        with self.shortcuts.lora.merged() if self.shortcuts.lora else nullcontext():
+            return self._losses(batch).to("cpu", torch.float64)
 
     @torch.no_grad()
     def stacked(self, batch: MicroBatch, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -84,22 +104,24 @@ class Losses:
 
     def points_at_once(self, batch: MicroBatch) -> int:
         """How many points to stack over one micro-batch; 1 stacks none."""
-        if not self.stacks:
+        if not self.shortcuts.stacks:
             return 1
         ids = batch.get("input_ids")
         rows = next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
         tokens = ids.numel() if isinstance(ids, Tensor) else rows
-        return (STACKED_TOKENS if self.trunk is None else STACKED_TOKENS_ABOVE_TRUNK) // max(tokens, 1)
+        return (STACKED_TOKENS if self.shortcuts.trunk is None else STACKED_TOKENS_ABOVE_TRUNK) // max(tokens, 1)
 
     def _losses(self, batch: MicroBatch) -> Tensor:
         inputs = {**self.task.inputs(batch), **self._settings}
-        if self.head is None:
-            losses = self.task.losses(self.model(**inputs), batch)
-        else:
-            assert isinstance(self.task, LabelPositionTask)
-            with self.head.held_back() as hidden:
-                self.model(**inputs)
-            losses = self.task.losses_from(HiddenLogits(hidden[-1], self.head), batch)
+        head, last = self.shortcuts.head, self.shortcuts.last
+        with last.narrowed(partial(self.task.positions, batch)) if last else nullcontext():
+            if head is None:
+                losses = self.task.losses(self.model(**inputs), batch)
+            else:
+                assert isinstance(self.task, LabelPositionTask)
+                with head.held_back() as hidden:
+                    self.model(**inputs)
+                losses = self.task.losses_from(HiddenLogits(hidden[-1], head), batch)
         if losses.ndim != 1:
             raise DPZeroError(
                 f"The per-example loss has {losses.ndim} dimensions and must have one, (batch,): it must not be "

@@ -8,12 +8,12 @@ adapters on the upper layers cost only the passes above them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from peft_dpzero.estimation.forwards import replaced_forward
+from peft_dpzero.forwards import Forward, replaced_forwards
 
 
 class SharedTrunk:
@@ -30,14 +30,11 @@ class SharedTrunk:
     @contextmanager
     def shared(self) -> Iterator[None]:
         """Within the block, for one micro-batch, the trunk's modules run at most once."""
-        with ExitStack() as stack:
-            for module in self.modules:
-                stack.enter_context(_memoised(module))
+        with replaced_forwards({module: _memoised(module.forward) for module in self.modules}):
             yield
 
 
-def _memoised(module: nn.Module) -> AbstractContextManager[None]:
-    original = module.forward
+def _memoised(original: Forward) -> Forward:
     memo: list[Any] = []
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -45,7 +42,7 @@ def _memoised(module: nn.Module) -> AbstractContextManager[None]:
             memo.append(original(*args, **kwargs))
         return memo[0]
 
-    return replaced_forward(module, forward)
+    return forward
 
 
 def _modules_before_first_use(model: nn.Module, probe: Callable[[], object]) -> list[nn.Module]:

@@ -77,13 +77,32 @@ class Verbalizer(LabelPositionTask):
         """Scores of the label words: [b, c], float32 or float64."""
         return self._scores(FullLogits(outputs.logits), batch)
 
-    def _scores(self, logits: Logits, batch: Batch) -> Tensor:
+    def positions(self, batch: Batch, length: int) -> tuple[Tensor, Tensor]:
         ids, mask = batch["input_ids"], _attention(batch)
-        tokens = self.tokens.to(ids.device)
-        extra = logits.length - ids.shape[1] - (self.longest if self.appended else 0)
         if self.appended:
-            return self._appended_scores(logits, mask.sum(dim=1) + extra, tokens)
-        rows, slots, lacking = self._label_places(ids, mask, extra)  # [b*longest] twice, [b]
+            b, c = len(ids), len(self.words)
+            last = mask.sum(dim=1).repeat_interleave(c) - 1 + length - ids.shape[1] - self.longest  # [b*c]
+            slot = torch.arange(self.longest, device=ids.device)
+            return _each(torch.arange(b * c, device=ids.device), last[:, None] + slot)
+        extra = length - ids.shape[1]
+        rows = torch.arange(len(ids), device=ids.device)
+        if self.causal:
+            columns = torch.arange(ids.shape[1], device=ids.device)
+            return rows, (columns * mask).argmax(dim=1) + extra
+        order = torch.argsort((~self._masks(ids)).to(torch.uint8), dim=1, stable=True)[:, : self.longest]
+        return _each(rows, order + extra)
+
+    def _masks(self, ids: Tensor) -> Tensor:
+        return torch.eq(ids, self.mask_token_id)
+
+    def _scores(self, logits: Logits, batch: Batch) -> Tensor:
+        ids = batch["input_ids"]
+        tokens = self.tokens.to(ids.device)
+        rows, slots = self.positions(batch, logits.length)
+        if self.appended:
+            targets = tokens.clamp(min=0).repeat(len(ids), 1)
+            nll = cross_entropy_at(logits, rows, slots, targets.flatten())
+            return _mean_over_tokens(-nll.view(len(ids), *tokens.shape), tokens)
         if self.longest == 1:
             scores = widened(logits.at(rows, slots, tokens[:, 0]))
         else:
@@ -91,27 +110,16 @@ class Verbalizer(LabelPositionTask):
             log_probs = torch.log_softmax(at_slots, dim=-1)
             each = torch.arange(self.longest, device=ids.device).expand_as(tokens)
             scores = _mean_over_tokens(log_probs[:, each, tokens.clamp(min=0)], tokens)
+        if self.causal:
+            return scores
         # A prompt without enough mask tokens has no loss; its example then contributes zero.
+        lacking = self._masks(ids).sum(dim=1) < self.longest
         return scores.masked_fill(lacking[:, None], torch.nan)
 
-    def _appended_scores(self, logits: Logits, lengths: Tensor, tokens: Tensor) -> Tensor:
-        b, (c, longest) = lengths.shape[0], tokens.shape
-        row = torch.arange(b * c, device=lengths.device)[:, None].expand(-1, longest)
-        slot = torch.arange(longest, device=lengths.device)
-        position = lengths.repeat_interleave(c)[:, None] - 1 + slot  # [b*c, longest]
-        targets = tokens.clamp(min=0).repeat(b, 1)
-        nll = cross_entropy_at(logits, row.flatten(), position.flatten(), targets.flatten())
-        return _mean_over_tokens(-nll.view(b, c, longest), tokens)
 
-    def _label_places(self, ids: Tensor, mask: Tensor, extra: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows and positions of the label slots, (b·longest,) each, and which rows lack some: (b,) bool."""
-        rows = torch.arange(len(ids), device=ids.device)
-        if self.causal:
-            columns = torch.arange(ids.shape[1], device=ids.device)
-            return rows, (columns * mask).argmax(dim=1) + extra, torch.zeros_like(rows, dtype=torch.bool)
-        masks = ids == self.mask_token_id
-        order = torch.argsort((~masks).to(torch.uint8), dim=1, stable=True)[:, : self.longest]
-        return rows.repeat_interleave(self.longest), (order + extra).flatten(), masks.sum(dim=1) < self.longest
+def _each(rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """(n,) rows and each one's positions (n, m) as pairs: (n·m,) twice."""
+    return rows.repeat_interleave(positions.shape[1]), positions.flatten()
 
 
 def _attention(batch: Batch) -> Tensor:

@@ -12,6 +12,7 @@ from peft_dpzero import Losses, Perturbation, Probe, Task, TokenTask, Verbalizer
 from peft_dpzero.estimation.batching import trimmed
 from peft_dpzero.estimation.differences import losses_at
 from peft_dpzero.estimation.logits import OutputHead
+from peft_dpzero.estimation.passes import Shortcuts
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -95,8 +96,8 @@ def test_the_probes_choice_gives_the_plain_losses(name: str) -> None:
     plain = at_all(Losses(model, task, dict), batch(kind), model)
     assert plain.shape == (len(POINTS), 3)
     torch.testing.assert_close(at_all(chosen, batch(kind), model), plain, rtol=1e-5, atol=1e-6)
-    assert chosen.stacks or name in ("prefix", "prompt")
-    assert (chosen.head is not None) == (kind != "classifier")
+    assert chosen.shortcuts.stacks or name in ("prefix", "prompt")
+    assert (chosen.shortcuts.head is not None) == (kind != "classifier")
 
 
 @pytest.mark.parametrize("words", [["a", "b"], ["ab", "cde", "f"]])
@@ -108,7 +109,7 @@ def test_label_words_are_projected_alone(kind: str, words: list[str]) -> None:
     one["input_ids"][:, 1 : 1 + task.longest] = Words.mask_token_id
     plain = at_all(Losses(model, task, dict), one, model)
     for stacks in (False, True):
-        chosen = Losses(model, task, dict, head=OutputHead.of(model), stacks=stacks)
+        chosen = Losses(model, task, dict, Shortcuts(head=OutputHead.of(model), stacks=stacks))
         torch.testing.assert_close(at_all(chosen, one, model), plain, rtol=1e-5, atol=1e-6)
 
 
@@ -133,7 +134,7 @@ def test_no_logits_are_made_where_there_are_no_labels() -> None:
     with Largest() as everywhere:
         Losses(model, TokenTask(1), dict)(one)
     with Largest() as at_labels:
-        Losses(model, TokenTask(1), dict, head=OutputHead.of(model))(one)
+        Losses(model, TokenTask(1), dict, Shortcuts(head=OutputHead.of(model)))(one)
     assert (everywhere.entries, at_labels.entries) == (4 * 12 * VOCABULARY, 4 * VOCABULARY)
 
 
@@ -148,7 +149,7 @@ def test_a_head_that_does_more_than_project_falls_back() -> None:
 
     model.forward = capped
     chosen = Probe(model, CPU, task=TokenTask(1)).losses(Perturbation(model), dict)
-    assert chosen.head is None
+    assert chosen.shortcuts.head is None
     torch.testing.assert_close(
         at_all(chosen, batch("causal_lm"), model),
         at_all(Losses(model, TokenTask(1), dict), batch("causal_lm"), model),
@@ -163,7 +164,7 @@ def test_a_users_own_losses_are_read_from_whole_outputs() -> None:
     model = tiny_model("causal_lm")
     losses: Task = Own(1)
     chosen = Probe(model, CPU, task=losses).losses(Perturbation(model), dict)
-    assert chosen.head is None
+    assert chosen.shortcuts.head is None
     assert at_all(chosen, batch("causal_lm"), model).shape == (len(POINTS), 3)
 
 

@@ -1,0 +1,63 @@
+"""LoRA layers as one product: x(W + s·BA)ᵀ instead of xWᵀ + s·(xAᵀ)Bᵀ.
+
+PEFT keeps the low-rank product apart for the sake of gradients. Without them the sum is cheaper from some hundred
+tokens on: it is made anew in each pass, a layer at a time, and W is never written. Only for weights of float32 or
+wider: in half precision the sum would round most of a perturbation away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from peft_dpzero.forwards import Forward, replaced_forwards
+
+
+class MergedLora:
+    """The LoRA layers of a model that can be run as one product.
+
+    Args:
+        model: a PEFT model or any other; without LoRA layers there are none.
+        always: also where it is not cheaper.
+    """
+
+    def __init__(self, model: nn.Module, always: bool = False) -> None:
+        self.always = always
+        self.layers = [module for module in model.modules() if type(module) is Linear and _is_plain(module)]
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Within the block the layers run as one product."""
+        with replaced_forwards({layer: _merged_forward(layer, self.always) for layer in self.layers}):
+            yield
+
+
+def _is_plain(layer: Linear) -> bool:
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    wide = isinstance(weight, Tensor) and weight.dtype in (torch.float32, torch.float64)
+    return wide and not layer.lora_variant and not any(layer.lora_bias.values())
+
+
+def _merged_forward(layer: Linear, always: bool) -> Forward:
+    apart = layer.forward
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        base = layer.get_base_layer()
+        adapters = [name for name in layer.active_adapters if name in layer.lora_A]
+        idle = layer.disable_adapters or layer.merged or not adapters
+        # The sum takes as long as applying the factors to about this many tokens.
+        few = not always and x.numel() < x.shape[-1] * min(layer.in_features, layer.out_features)
+        if idle or few or kwargs or base.weight.is_meta:
+            return apart(x, *args, **kwargs)
+        total = layer.get_delta_weight(adapters[0])
+        for name in adapters[1:]:
+            total += layer.get_delta_weight(name)
+        return functional_call(base, {"weight": total.add_(base.weight)}, (x, *args))
+
+    return forward

@@ -1,0 +1,113 @@
+"""The last layers, at the positions that losses read.
+
+After the last attention every layer works on each token by itself, and a loss reads few of them: a classifier's first
+token, a prompt's label position. Linear layers, norms and activations there need not run on the others, whose outputs
+are zeros instead. Which modules these are is found by trying, on made-up tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from peft_dpzero.forwards import Forward, replaced_forwards
+
+# (length of the outputs) → rows and positions that are read, both (n,), or None for all.
+Positions = Callable[[int], tuple[Tensor, Tensor] | None]
+
+# Modules in a row that cannot be narrowed, after which no earlier one is tried.
+PATIENCE = 6
+# Narrowing costs a gathering and a scattering: not worth it if more than this share of the tokens is read.
+WORTHWHILE = 0.5
+
+
+class NarrowedLayers:
+    """Modules that run on the positions that are read only.
+
+    Args:
+        modules: each maps (b, l, …) → (b, l, …), token by token, and its output elsewhere has no part in what is read.
+        loud: the output elsewhere is large, not zero: in a test nothing that is read may change by it, not by a bit.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], loud: bool = False) -> None:
+        self.modules = tuple(modules)
+        self.loud = loud
+
+    @contextmanager
+    def narrowed(self, positions: Positions) -> Iterator[None]:
+        """Within the block, for one pass, the modules skip what is not read."""
+        indices: dict[torch.Size, Tensor | None] = {}
+
+        def index(shape: torch.Size) -> Tensor | None:
+            if shape not in indices:
+                read = positions(shape[1])
+                worthwhile = read is not None and len(read[0]) <= WORTHWHILE * shape.numel()
+                indices[shape] = read[0] * shape[1] + read[1] if read is not None and worthwhile else None
+            return indices[shape]
+
+        with replaced_forwards({module: self._narrowed(module.forward, index) for module in self.modules}):
+            yield
+
+    def _narrowed(self, original: Forward, index: Callable[[torch.Size], Tensor | None]) -> Forward:
+        def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
+            alone = isinstance(x, Tensor) and x.ndim == 3 and not args and not kwargs
+            read = index(x.shape[:2]) if alone else None
+            if read is None:
+                return original(x, *args, **kwargs)
+            output = original(x.flatten(0, 1)[read][None])[0]
+            everywhere = output.new_zeros(x.shape[0] * x.shape[1], *output.shape[1:])
+            if self.loud:
+                everywhere += 100 * torch.arange(everywhere.shape[-1], device=x.device).cos()
+            return everywhere.index_copy_(0, read, output).unflatten(0, x.shape[:2])
+
+        return forward
+
+
+def last_modules(model: nn.Module, run: Callable[[], object]) -> list[nn.Module]:
+    """The modules without children that `run` calls once, and adapters' layers, latest first; those only that make
+    one (b, l, …) of another.
+
+    Args:
+        run: one forward pass on public, made-up input.
+    """
+    ended: dict[nn.Module, bool] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        alike = len(args) == 1 and not kwargs and all(isinstance(t, Tensor) and t.ndim == 3 for t in (*args, output))
+        ended[module] = alike and module not in ended and args[0].shape[:2] == output.shape[:2]
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    inside = {child for layer in layers for child in layer.modules() if child is not layer}
+    single = [m for m in model.modules() if m not in inside and (m in layers or next(m.children(), None) is None)]
+    handles = [module.register_forward_hook(note, with_kwargs=True) for module in single]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [module for module, alike in reversed(ended.items()) if alike]
+
+
+def find_narrowed(modules: Sequence[nn.Module], keeps_losses: Callable[[Sequence[nn.Module]], bool]) -> list[nn.Module]:
+    """Those of `modules` that can be narrowed, tried one by one from the first on.
+
+    Args:
+        modules: from `last_modules`.
+        keeps_losses: whether losses on made-up tokens stay the same with these narrowed.
+    """
+    found: list[nn.Module] = []
+    failures = 0
+    for module in modules:
+        if keeps_losses([*found, module]):
+            found.append(module)
+            failures = 0
+        else:
+            failures += 1
+        if failures == PATIENCE:
+            break
+    return found

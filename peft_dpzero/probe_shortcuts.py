@@ -1,0 +1,110 @@
+"""Which shortcuts a model allows: each is tried on made-up tokens and kept if the losses stay the plain pass's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_dpzero.estimation.differences import losses_at
+from peft_dpzero.estimation.logits import OutputHead
+from peft_dpzero.estimation.losses import ClassificationTask, Seq2SeqTask, Task, TokenTask
+from peft_dpzero.estimation.merging import MergedLora
+from peft_dpzero.estimation.narrowing import NarrowedLayers, find_narrowed, last_modules
+from peft_dpzero.estimation.passes import PLAIN, Losses, MicroBatch, Shortcuts
+from peft_dpzero.estimation.trunk import SharedTrunk
+from peft_dpzero.estimation.verbalizer import Verbalizer
+from peft_dpzero.perturbation import Perturbation, Point
+
+logger = logging.getLogger(__name__)
+
+OUR_TASKS = (TokenTask, Seq2SeqTask, ClassificationTask, Verbalizer)
+_POINTS: list[Point] = [(0, 0.1), (1, -0.1)]
+
+
+class Trials:
+    """Losses of one made-up micro-batch, at two points, with whatever shortcuts.
+
+    Args:
+        model: in eval mode.
+        task: the run's.
+        batch: without labels nothing can be told, and all trials fail.
+        perturbation: makes the points.
+        tolerance: absolute, of losses.
+    """
+
+    def __init__(
+        self, model: nn.Module, task: Task, batch: MicroBatch, perturbation: Perturbation, tolerance: float
+    ) -> None:
+        self.model = model
+        self.task = task
+        self.perturbation = perturbation
+        self._batch = batch
+        self._tolerance = tolerance
+        self._plain = self.losses(PLAIN)
+
+    def losses(self, shortcuts: Shortcuts, points: Sequence[Point] = _POINTS) -> Tensor | None:
+        """(points, b) float64, or None if the pass fails."""
+        if "labels" not in self._batch:
+            return None
+        losses = Losses(self.model, self.task, dict, shortcuts)
+        try:
+            return losses_at(losses, [self._batch], self.perturbation, 0, points)
+        except Exception as error:
+            logger.info("A faster pass is not used: %s on made-up tokens.", type(error).__name__)
+            return None
+
+    def agree(self, shortcuts: Shortcuts) -> bool:
+        """Whether the losses are the plain pass's."""
+        return self._near_plain(self.losses(shortcuts))
+
+    def agree_narrowed(self, shortcuts: Shortcuts, modules: Sequence[nn.Module]) -> bool:
+        """Whether the losses are the plain pass's, whatever `modules` put out where no loss reads.
+
+        Small models hide in a tolerance what large values there change, so that these must not change a bit.
+        """
+        quiet, loud = (
+            self.losses(replace(shortcuts, last=NarrowedLayers(modules, loud)), _POINTS[:1]) for loud in (False, True)
+        )
+        return quiet is not None and loud is not None and torch.equal(quiet, loud) and self._near_plain(quiet)
+
+    def _near_plain(self, losses: Tensor | None) -> bool:
+        if losses is None or self._plain is None:
+            return False
+        return torch.allclose(losses, self._plain[: len(losses)], rtol=1e-4, atol=self._tolerance)
+
+
+def find_shortcuts(trials: Trials, trunk: SharedTrunk | None, run: Callable[[], Any]) -> Shortcuts:
+    """The cheapest passes that give the plain ones' losses.
+
+    Args:
+        trunk: known to be sharable, or None.
+        run: one forward pass on made-up tokens.
+    """
+    model, found = trials.model, PLAIN
+    if type(trials.task) in (TokenTask, Verbalizer) and (head := OutputHead.of(model)) is not None:
+        found = _with(trials, found, head=head)
+        if found.head is None:
+            logger.info("Logits are made at all positions: this model's head does more than project.")
+    if (lora := MergedLora(model)).layers and trials.agree(replace(found, lora=MergedLora(model, always=True))):
+        found = replace(found, lora=lora)
+    if type(trials.task) in OUR_TASKS:
+        head_module = found.head.module if found.head else None
+        tried = [module for module in last_modules(model, run) if module is not head_module]
+        narrowed = find_narrowed(tried, lambda modules: trials.agree_narrowed(found, modules))
+        found = replace(found, last=NarrowedLayers(narrowed) if narrowed else None)
+    if trials.perturbation.most_stacked > 1:
+        found = _with(trials, found, stacks=True)
+    if trunk is None:
+        return found
+    shared = _with(trials, found, trunk=trunk)
+    return shared if shared.trunk else replace(found, trunk=trunk, stacks=False)
+
+
+def _with(trials: Trials, shortcuts: Shortcuts, **more: Any) -> Shortcuts:
+    trial = replace(shortcuts, **more)
+    return trial if trials.agree(trial) else shortcuts
