@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from peft_dpzero.philox import Stream, entries_per_block, gaussian_table
 
-# A piece and its buffers stay near a core, and torch runs operations on so few entries on the calling thread.
-PIECE_ENTRIES = 1 << 15
+# Made at once: threads that make shorter pieces wait for each other (for Python's lock) more often.
+PIECE_ENTRIES = 1 << 17
+# Used at once: torch runs operations on so few entries on the calling thread.
+_ACTION_ENTRIES = 1 << 15
 # What one thread takes at once: at most this much, and at least a quarter of it.
 _CHUNK_ENTRIES = 1 << 19
 
@@ -165,7 +167,10 @@ class Directions:
                         total = z
                     else:
                         total += z
-                action(name, part, torch.from_numpy(total))
+                whole = torch.from_numpy(total)
+                for start in range(part.start, part.stop, _ACTION_ENTRIES):
+                    some = slice(start, min(start + _ACTION_ENTRIES, part.stop))
+                    action(name, some, whole[some.start - part.start : some.stop - part.start])
 
         _in_parallel(work, self._chunks(spans))
 

@@ -8,7 +8,7 @@ Which layout is fastest depends on machine and model, so several are tried and t
 - packed: rows one after another in long lines under a block-diagonal mask, nothing padded but the last line;
 - sorted: rows sorted by length and padded to the longest of a micro-batch (a few more tokens, fewer passes).
 
-Each also with every row twice, which reads the weights half as often for the two passes of a direction.
+For LoRA each also with every row twice, which reads the base weights half as often for the two passes of a direction.
 """
 
 from __future__ import annotations
@@ -69,8 +69,9 @@ class Floor:
 
 
 def candidates(workload: Workload, passes: int) -> list[Floor]:
-    """All layouts of the floor, single and doubled."""
-    return [Floor(workload, name, twice, passes) for name in layouts(workload) for twice in (False, True)]
+    """All layouts of the floor, single, and doubled where two points share weights."""
+    singly = (False, True) if workload.mode == "lora" else (False,)
+    return [Floor(workload, name, twice, passes) for name in layouts(workload) for twice in singly]
 
 
 def layouts(workload: Workload) -> dict[str, Layout]:
