@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -47,13 +48,17 @@ class Trials:
         self._tolerance = tolerance
         self._plain = self.losses(PLAIN)
 
-    def losses(self, shortcuts: Shortcuts, points: Sequence[Point] = _POINTS) -> Tensor | None:
-        """(points, b) float64, or None if the pass fails."""
-        if "labels" not in self._batch:
+    def losses(
+        self, shortcuts: Shortcuts, points: Sequence[Point] = _POINTS, batch: MicroBatch | None = None
+    ) -> Tensor | None:
+        """(points, b) float64 of the batch, or of another; None if the pass fails."""
+        batch = batch or self._batch
+        if "labels" not in batch:
             return None
         losses = Losses(self.model, self.task, dict, shortcuts)
         try:
-            return losses_at(losses, [self._batch], self.perturbation, 0, points)
+            with warnings.catch_warnings(action="ignore"):
+                return losses_at(losses, [batch], self.perturbation, 0, points)
         except Exception as error:
             logger.info("A faster pass is not used: %s on made-up tokens.", type(error).__name__)
             return None
@@ -71,6 +76,19 @@ class Trials:
             self.losses(replace(shortcuts, last=NarrowedLayers(modules, loud)), _POINTS[:1]) for loud in (False, True)
         )
         return quiet is not None and loud is not None and torch.equal(quiet, loud) and self._near_plain(quiet)
+
+    def agree_packed(self, shortcuts: Shortcuts) -> bool:
+        """Whether the losses are the plain pass's, and no bit of one depends on the rows in the same line."""
+        losses, ids = self.losses(shortcuts), self._batch["input_ids"]
+        if losses is None or not self._near_plain(losses):
+            return False
+        for row in range(len(ids)):
+            strangers = ids.flip(1)
+            strangers[row] = ids[row]
+            among = self.losses(shortcuts, batch={**self._batch, "input_ids": strangers})
+            if among is None or not torch.equal(among[:, row], losses[:, row]):
+                return False
+        return True
 
     def _near_plain(self, losses: Tensor | None) -> bool:
         if losses is None or self._plain is None:
@@ -97,6 +115,8 @@ def find_shortcuts(trials: Trials, trunk: SharedTrunk | None, run: Callable[[], 
         tried = [module for module in last_modules(model, run) if module is not head_module]
         narrowed = find_narrowed(tried, lambda modules: trials.agree_narrowed(found, modules))
         found = replace(found, last=NarrowedLayers(narrowed) if narrowed else None)
+    if type(trials.task) in (TokenTask, Verbalizer) and trials.agree_packed(packed := replace(found, packs=True)):
+        found = packed
     if trials.perturbation.most_stacked > 1:
         found = _with(trials, found, stacks=True)
     if trunk is None:

@@ -52,7 +52,7 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
     """Makes a `transformers.Trainer` subclass private: put it first among the bases.
 
     The logical batch is `per_device_train_batch_size × gradient_accumulation_steps × processes` on average;
-    `per_device_train_batch_size` examples go through the model at once.
+    about `per_device_train_batch_size` examples go through the model at once.
 
     Args:
         model: as for the Trainer.
@@ -60,6 +60,8 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
         dpzero_config: the mechanism and its budget.
         per_example_loss: a `Task` (for example `Verbalizer`), or a function `(outputs, labels) → (batch,)`, which
             need not be differentiable. None takes the loss of the model's class.
+        max_tokens_per_micro_batch: tokens, padding included, that go through the model at once, whatever the number of
+            examples; None allows `per_device_train_batch_size` times the longest example of a logical batch.
         kwargs: the other arguments of the Trainer.
 
     Raises:
@@ -73,10 +75,13 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
         *positional: Any,
         dpzero_config: DPZeroConfig | None = None,
         per_example_loss: Task | Callable[[Any, Tensor], Tensor] | None = None,
+        max_tokens_per_micro_batch: int | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(dpzero_config, DPZeroConfig):
             raise DPZeroError("Pass dpzero_config=DPZeroConfig(target_epsilon=…, target_delta=…).")
+        if max_tokens_per_micro_batch is not None and max_tokens_per_micro_batch < 1:
+            raise DPZeroError(f"max_tokens_per_micro_batch must be at least 1, got {max_tokens_per_micro_batch}.")
         if kwargs.get("compute_loss_func") is not None:
             raise DPZeroError("compute_loss_func averages over the batch: pass per_example_loss instead.")
         if type(self)._get_train_sampler is not Trainer._get_train_sampler:
@@ -85,6 +90,7 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
         check_arguments(args)
         check_processes(args.world_size, args.world_size)
         self.dpzero_config = dpzero_config
+        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self.logical_batch_size = int(
             args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         )
@@ -211,6 +217,8 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
             self.args.process_index,
             self.args.world_size,
             self._units,
+            self.max_tokens_per_micro_batch,
+            packed=self._losses is not None and self._losses.shortcuts.packs,
         )
 
     def get_train_dataloader(self) -> DataLoader[Any]:

@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -43,7 +42,8 @@ class LogicalBatches:
 
     Every process draws the same logical batch and keeps each `world_size`-th unit of it. Rows are independent, so
     they are sorted by length before they are cut into micro-batches, and columns that are padding in every row are
-    cut off: what goes through the model is hardly more than the tokens that count. Transforms and collators that
+    cut off: what goes through the model is hardly more than the tokens that count. If rows are packed into lines, each
+    micro-batch takes its share of short and long ones instead. Transforms and collators that
     draw at random (masking) do so from the run's secret: under a seed that is known, one example's presence would
     change every other's masks.
 
@@ -57,6 +57,7 @@ class LogicalBatches:
         world_size: how many processes there are.
         units: the rows of each unit; None makes each row a unit.
         max_tokens: tokens, padding included, that go through the model at once; None derives it as above.
+        packed: whether the model takes rows in lines, without padding (`packing.py`).
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class LogicalBatches:
         world_size: int = 1,
         units: Units | None = None,
         max_tokens: int | None = None,
+        packed: bool = False,
     ) -> None:
         self._dataset = dataset
         self._sampler = sampler
@@ -76,6 +78,7 @@ class LogicalBatches:
         self._units = units
         self.micro_batch_size = micro_batch_size
         self.max_tokens = max_tokens
+        self.packed = packed
         self.rank = rank
         self.world_size = world_size
 
@@ -93,30 +96,47 @@ class LogicalBatches:
             chosen = self._choose(drawn, np.random.default_rng(np.frombuffer(seed, dtype="<u4")))
             owners = np.repeat(np.arange(len(chosen)), [len(rows) for rows in chosen])
             rows = self._rows(np.concatenate(chosen).tolist())
-            lengths = [_length(row) for row in rows]
-            order = sorted(range(len(rows)), key=lengths.__getitem__)
-            micro_batches = [trimmed(self._collate([rows[i] for i in part])) for part in self._cuts(order, lengths)]
-        return LogicalBatch(micro_batches, torch.from_numpy(owners[order]), len(chosen))
+            parts = self._parts(np.array([_length(row) for row in rows]))
+            micro_batches = [trimmed(self._collate([rows[i] for i in part])) for part in parts]
+        return LogicalBatch(micro_batches, torch.from_numpy(owners[np.concatenate(parts)]), len(chosen))
 
     def _choose(self, drawn: np.ndarray, generator: np.random.Generator) -> list[np.ndarray]:
         if self._units is None:
             return [np.array([unit]) for unit in drawn]
         return [self._units.choose(int(unit), generator) for unit in drawn]
 
-    def _cuts(self, order: Sequence[int], lengths: Sequence[int]) -> list[Sequence[int]]:
-        """Parts of `order`, whose lengths ascend."""
-        ascending = np.array([lengths[i] for i in order])
-        if ascending[-1]:
-            sizes = cheapest_parts(ascending, self.max_tokens or self.micro_batch_size * int(ascending[-1]))
-        else:
+    def _parts(self, lengths: np.ndarray) -> list[np.ndarray]:
+        """The rows of each micro-batch, by index into `lengths`."""
+        order = np.argsort(lengths, kind="stable")
+        longest = int(lengths[order[-1]])
+        budget = self.max_tokens or self.micro_batch_size * longest
+        if not longest:
             sizes = [self.micro_batch_size] * (-(-len(order) // self.micro_batch_size))
-        ends = np.cumsum([0, *sizes])
-        return [order[start:end] for start, end in pairwise(ends)]
+        elif self.packed:
+            return dealt_parts(lengths, order, budget)
+        else:
+            sizes = cheapest_parts(lengths[order], budget)
+        return [part for part in np.split(order, np.cumsum(sizes)) if len(part)]
 
     def _rows(self, indices: Sequence[int]) -> list[Any]:
         if hasattr(self._dataset, "__getitems__"):
             return list(self._dataset.__getitems__(list(indices)))
         return [self._dataset[i] for i in indices]
+
+
+def dealt_parts(lengths: np.ndarray, order: np.ndarray, budget: int) -> list[np.ndarray]:
+    """As few parts as keep the budget, rows dealt out in turn so that each has short and long ones.
+
+    Args:
+        lengths: (n,) int64.
+        order: (n,) indices by which `lengths` ascend.
+        budget: tokens of a part at most, unless it is a single row.
+    """
+    for count in range(max(1, -(-int(lengths.sum()) // budget)), len(order)):
+        parts = [order[number::count] for number in range(count)]
+        if max(int(lengths[part].sum()) for part in parts) <= budget:
+            return parts
+    return [order[number : number + 1] for number in range(len(order))]
 
 
 def cheapest_parts(lengths: np.ndarray, budget: int) -> list[int]:

@@ -43,11 +43,17 @@ class Ours:
         plan = make_plan(config, len(workload.rows), workload.batch_size, STEPS)
         perturbation = Perturbation(workload.model, config.direction_seed, config.direction_distribution)
         self.optimizer = DPZeroOptimizer(perturbation.parameters.values(), lr=1e-6)
-        batches = LogicalBatches(workload.rows, Batches(workload).sampler, workload.collate, workload.micro_batch_size)
         device = next(workload.model.parameters()).device
         workload.model.eval()
         losses = Probe(workload.model, device, task=workload.task).losses(
             perturbation, partial(send_to_device, device=device)
+        )
+        batches = LogicalBatches(
+            workload.rows,
+            Batches(workload).sampler,
+            workload.collate,
+            workload.micro_batch_size,
+            packed=losses.shortcuts.packs,
         )
         self.step = PrivateStep(workload.model, plan, batches, losses, perturbation, self.optimizer)
 
