@@ -531,7 +531,8 @@ def test_interrupting_a_real_run_prints_one_line(recipe: Recipe, tmp_path: Path)
     command = [sys.executable, "-m", "peft_dpzero.cli", "train", str(path)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         try:
-            while not (tmp_path / "out" / "dpzero_journal").exists() and process.poll() is None:
+            journal = tmp_path / "out" / "dpzero_journal"
+            while not (journal.exists() and journal.read_bytes().count(b"\n") > 2) and process.poll() is None:
                 time.sleep(0.05)
             os.kill(process.pid, signal.SIGINT)
             _, errors = process.communicate(timeout=60)

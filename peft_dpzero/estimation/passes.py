@@ -28,10 +28,11 @@ from peft_dpzero.estimation.trunk import SharedTrunk
 
 MicroBatch = Mapping[str, Any]
 
-# Tokens (or rows without tokens) that points are stacked up to. Where a trunk is shared, stacking multiplies only what
-# lies above it (`tests/benchmarks/stacking.py`); elsewhere it pays while a pass is too small to keep a CPU busy.
+# Points are stacked over a shared trunk while the widest output above it stays within this many entries, which is what
+# a core's share of the cache holds (`tests/benchmarks/stacking.py`); elsewhere while a micro-batch of so few tokens
+# leaves a CPU idle.
+STACKED_ENTRIES_ABOVE_TRUNK = 1 << 22
 STACKED_TOKENS = 512
-STACKED_TOKENS_ABOVE_TRUNK = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,12 @@ class Losses:
         """How many points to stack over one micro-batch; 1 stacks none."""
         if not self.shortcuts.stacks:
             return 1
-        ids = batch.get("input_ids")
+        ids, trunk = batch.get("input_ids"), self.shortcuts.trunk
         rows = next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
         tokens = ids.numel() if isinstance(ids, Tensor) else rows
-        return (STACKED_TOKENS if self.shortcuts.trunk is None else STACKED_TOKENS_ABOVE_TRUNK) // max(tokens, 1)
+        if trunk is None:
+            return STACKED_TOKENS // max(tokens, 1)
+        return STACKED_ENTRIES_ABOVE_TRUNK // trunk.entries_above(rows, tokens)
 
     def _losses(self, batch: MicroBatch) -> Tensor:
         inputs = {**self.task.inputs(batch), **self._settings}

@@ -7,11 +7,14 @@ adapters on the upper layers cost only the passes above them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from peft_dpzero.forwards import Forward, replaced_forwards
 
@@ -22,10 +25,24 @@ class SharedTrunk:
     Args:
         model: in eval mode; its trainable parameters are the perturbed ones.
         probe: runs one forward pass on public, made-up input.
+
+    Attributes:
+        modules: those that run once a micro-batch.
+        row_width, token_width: of the widest output above them, entries a row (b, width) and a token (b, l, width).
     """
 
     def __init__(self, model: nn.Module, probe: Callable[[], object]) -> None:
-        self.modules = _modules_before_first_use(model, probe)
+        calls = _watched(model, probe)
+        first_use = _first_use(model, {module: call.start for module, call in calls.items()})
+        self.modules = _modules_before(first_use, model, calls)
+        above = [call.shape for call in calls.values() if call.end >= first_use]
+        self.row_width, self.token_width = (
+            max((shape[-1] for shape in above if len(shape) == ndim), default=0) for ndim in (2, 3)
+        )
+
+    def entries_above(self, rows: int, tokens: int) -> int:
+        """Entries of the widest output above the trunk for a micro-batch."""
+        return max(rows * self.row_width, tokens * self.token_width, 1)
 
     @contextmanager
     def shared(self) -> Iterator[None]:
@@ -45,22 +62,27 @@ def _memoised(original: Forward) -> Forward:
     return forward
 
 
-def _modules_before_first_use(model: nn.Module, probe: Callable[[], object]) -> list[nn.Module]:
-    started: dict[nn.Module, int] = {}
-    ended: dict[nn.Module, int] = {}
-    calls: dict[nn.Module, int] = {}
-    clock = 0
+@dataclass
+class _Call:
+    """A module's calls: when the first started and the last ended, how many there were, and an output's shape."""
+
+    start: int
+    end: float = math.inf
+    count: int = 0
+    shape: tuple[int, ...] = ()
+
+
+def _watched(model: nn.Module, probe: Callable[[], object]) -> dict[nn.Module, _Call]:
+    calls: dict[nn.Module, _Call] = {}
+    clock = itertools.count(1)
 
     def on_start(module: nn.Module, args: Any) -> None:
-        nonlocal clock
-        clock += 1
-        started.setdefault(module, clock)
-        calls[module] = calls.get(module, 0) + 1
+        call = calls.setdefault(module, _Call(next(clock)))
+        call.count += 1
 
     def on_end(module: nn.Module, args: Any, output: Any) -> None:
-        nonlocal clock
-        clock += 1
-        ended[module] = clock
+        calls[module].end = next(clock)
+        calls[module].shape = tuple(output.shape) if isinstance(output, Tensor) else ()
 
     handles = [m.register_forward_pre_hook(on_start) for m in model.modules()]
     handles += [m.register_forward_hook(on_end) for m in model.modules()]
@@ -69,12 +91,16 @@ def _modules_before_first_use(model: nn.Module, probe: Callable[[], object]) -> 
     finally:
         for handle in handles:
             handle.remove()
+    return calls
 
-    first_use = _first_use(model, started)
+
+def _modules_before(first_use: int, model: nn.Module, calls: Mapping[nn.Module, _Call]) -> list[nn.Module]:
+    """The outermost modules that are called once and end before the first use of a trainable parameter."""
     shareable: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:
-        if calls.get(module) == 1 and ended.get(module, first_use) < first_use:
+        call = calls.get(module)
+        if call is not None and call.count == 1 and call.end < first_use:
             shareable.append(module)
             return
         for child in module.children():
@@ -84,7 +110,7 @@ def _modules_before_first_use(model: nn.Module, probe: Callable[[], object]) -> 
     return shareable
 
 
-def _first_use(model: nn.Module, started: dict[nn.Module, int]) -> int:
+def _first_use(model: nn.Module, started: Mapping[nn.Module, int]) -> int:
     """When the first trainable parameter can have been read: its owner's start, or that of the nearest ancestor
     that was called, since a parent may read a child's parameter without calling it."""
     first = [max(started.values(), default=0) + 1]

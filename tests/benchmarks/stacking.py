@@ -13,7 +13,7 @@ from statistics import median
 from demo import CLIPPING_AT_512, Demo, Watch
 from peft_dpzero.estimation import passes
 
-LIMITS = (0, 1 << 11, 1 << 12, 1 << 13, 1 << 14)
+LIMITS = (0, 1 << 19, 1 << 20, 1 << 21, 1 << 22, 1 << 23)
 STEPS = 6
 
 
@@ -25,13 +25,13 @@ def main() -> None:
     seconds: dict[int, list[float]] = {limit: [] for limit in LIMITS}
     for _ in range(options.rounds):
         for limit in LIMITS:
-            passes.STACKED_TOKENS_ABOVE_TRUNK = limit
+            passes.STACKED_ENTRIES_ABOVE_TRUNK = limit
             watch = Watch()
             demo.run(STEPS, watch, noise_multiplier=1.0, num_directions=512, clipping_threshold=CLIPPING_AT_512)
             seconds[limit].append(watch.seconds_a_step)
     for limit, found in seconds.items():
         ratios = [plain / one for plain, one in zip(seconds[0], found, strict=True)]
-        print(f"rows at once {limit:6d}   {median(found):.2f} s a step   {median(ratios):.2f} × as fast as none")
+        print(f"entries at once {limit:8d}   {median(found):.2f} s a step   {median(ratios):.2f} × as fast as none")
 
 
 if __name__ == "__main__":
