@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from peft_dpzero.estimation.packing import packs_well
 from peft_dpzero.estimation.sampling import PoissonSampler
 from peft_dpzero.estimation.units import Units
 
@@ -112,7 +113,7 @@ class LogicalBatches:
         budget = self.max_tokens or self.micro_batch_size * longest
         if not longest:
             sizes = [self.micro_batch_size] * (-(-len(order) // self.micro_batch_size))
-        elif self.packed:
+        elif self.packed and packs_well(lengths):
             return dealt_parts(lengths, order, budget)
         else:
             sizes = cheapest_parts(lengths[order], budget)

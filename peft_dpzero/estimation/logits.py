@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from peft_dpzero.forwards import replaced_forwards
 
-# Logits that are made and widened at a time: larger pieces than a layer's activations would raise peak memory.
-CHUNK_ENTRIES = 1 << 20
+# Logits that are made and widened at a time, 16 MiB of float32: each piece reads the whole output embedding.
+CHUNK_ENTRIES = 1 << 22
 
 
 class Logits(Protocol):

@@ -102,7 +102,7 @@ def minilm_lora(bench: Bench) -> dict[str, Any]:
 
 
 def minilm_full(bench: Bench) -> dict[str, Any]:
-    workload = minilm("full", batch_size=64, micro_batch_size=16)
+    workload = minilm("full", batch_size=256, micro_batch_size=64)
     return {"k1": bench.compare(workload, {"reference": Reference(workload)})}
 
 

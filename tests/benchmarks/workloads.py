@@ -94,7 +94,7 @@ def minilm(mode: str, batch_size: int = 64, micro_batch_size: int = 64) -> Workl
     )
 
 
-def gemma(mode: str, batch_size: int = 8, micro_batch_size: int = 8) -> Workload:
+def gemma(mode: str, batch_size: int = 16, micro_batch_size: int = 16) -> Workload:
     """Gemma 3 of 270M parameters and 262,144 tokens, on "<sentence> It was" → great or terrible."""
     folder = gemma_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
