@@ -16,7 +16,7 @@ LAYERS = (
     ("errors", "config"),
     ("philox", "kernels", "streaming", "directions", "perturbation"),
     ("mechanism", "release", "estimation"),
-    ("guards", "probe_causes", "probe_data", "probe", "saving"),
+    ("compiling", "guards", "offloading", "probe_causes", "probe_data", "probe", "quantised", "saving"),
     ("step",),
     ("resuming",),
     ("trainer",),
