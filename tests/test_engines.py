@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from peft_dpzero import (
 )
 from peft_dpzero.estimation.differences import losses_at
 from peft_dpzero.offloading import bring_trained_into_memory
+from peft_dpzero.quantised import check_quantisation
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -337,6 +339,17 @@ def test_outlier_columns_couple_examples_and_are_refused(base_folder: Path, tmp_
                 run.train()
         else:
             assert run.train().global_step == 1
+
+
+def test_llm_int8_layers_are_known_by_name_and_threshold() -> None:
+    class Linear8bitLt(nn.Linear):
+        state = SimpleNamespace(threshold=6.0)
+
+    model = nn.Sequential(nn.Linear(2, 2), Linear8bitLt(2, 2))
+    with pytest.raises(DPZeroError, match=r"^1 is an LLM.int8"):
+        check_quantisation(model)
+    Linear8bitLt.state.threshold = 0.0
+    check_quantisation(model)
 
 
 def test_a_quantised_weight_with_nan_is_refused(base_folder: Path, tmp_path: Path) -> None:
