@@ -13,7 +13,7 @@ from peft_dpzero.estimation.losses import (
     TokenTask,
     infer_task,
 )
-from peft_dpzero.estimation.passes import Losses
+from peft_dpzero.estimation.passes import Losses, Shortcuts
 from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
 from peft_dpzero.estimation.verbalizer import Verbalizer
 from peft_dpzero.mechanism.plan import PrivacyPlan, make_plan
@@ -52,6 +52,7 @@ __all__ = [
     "Probe",
     "Released",
     "Seq2SeqTask",
+    "Shortcuts",
     "Task",
     "TokenTask",
     "Verbalizer",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.data import IterableDataset
 
 from peft_dpzero.errors import DPZeroError
@@ -136,8 +137,21 @@ def check_weights(model: nn.Module) -> None:
         DPZeroError: names the parameter.
     """
     for name, parameter in model.named_parameters():
-        if not parameter.is_meta and parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+        if not all(map(_is_finite, _parts(parameter.detach()))):
             raise DPZeroError(f"Parameter {name} holds NaN or infinity: load the model again, or fix its checkpoint.")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return tensor.is_meta or not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def _parts(tensor: Any) -> Iterator[Tensor]:
+    """The plain tensors that a quantised one is made of, or the tensor itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))
 
 
 def fingerprint(perturbation: Perturbation) -> tuple[float, ...]:

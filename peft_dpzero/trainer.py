@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend, is_compiled_module
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
+from peft_dpzero.compiling import check_compiled, check_compiled_parts
 from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.batching import LogicalBatches, step_loader, without_column
 from peft_dpzero.estimation.losses import FunctionTask, Task, infer_task
-from peft_dpzero.estimation.passes import Losses
+from peft_dpzero.estimation.passes import Losses, Shortcuts
 from peft_dpzero.estimation.sampling import PoissonSampler, new_secret, seeded_secret
 from peft_dpzero.guards import (
     check_arguments,
@@ -34,9 +36,11 @@ from peft_dpzero.guards import (
 )
 from peft_dpzero.mechanism.accountant import COARSE_INTERVAL
 from peft_dpzero.mechanism.plan import PrivacyPlan
+from peft_dpzero.offloading import bring_trained_into_memory, is_offloaded
 from peft_dpzero.perturbation import Perturbation
 from peft_dpzero.probe import Probe
 from peft_dpzero.probe_causes import check_batch_norm
+from peft_dpzero.quantised import check_quantisation, stack_4bit_products
 from peft_dpzero.release.journal import Journal, JournalSegment
 from peft_dpzero.release.optimizer import DPZeroOptimizer
 from peft_dpzero.release.record import privacy_record
@@ -98,7 +102,9 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
         args = copy.copy(args)
         args.gradient_accumulation_steps = 1
         args.max_grad_norm = 0.0
-        super().__init__(model, args, *positional, **kwargs)
+        # The probe, parameter names and saving want the plain model; the step runs the compiled one.
+        self._compiled = model if is_compiled_module(model) else None
+        super().__init__(model if self._compiled is None else model._orig_mod, args, *positional, **kwargs)
         if self.args.n_gpu > 1:
             raise DPZeroError(
                 "nn.DataParallel averages losses over replicas: use accelerate launch, or show one GPU only "
@@ -107,6 +113,8 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
         check_collator(self.data_collator)
         if getattr(self, "optimizer", None) is not None:
             _as_dpzero_optimizer(self.optimizer)
+        check_compiled_parts(self.model)
+        bring_trained_into_memory(self.model)
         self.task = _as_task(per_example_loss, self.model)
         self._plan: PrivacyPlan | None = None
         self._step: PrivateStep | None = None
@@ -138,6 +146,7 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
         check_columns(self.train_dataset, self.label_names if self._needs_label_column else ())
         with self._journalled(resume_from_checkpoint):
             check_weights(self.model)
+            check_quantisation(self.model)
             perturbation = self._perturbation()
             self._probe_model(perturbation)
             start = fingerprint(perturbation)
@@ -174,22 +183,37 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
         if not Probe.suits(self.model):
             warnings.warn("The model reads no tokens: that examples are independent was not probed.", stacklevel=3)
             return
-        probe = Probe(self.model, self.args.device, padding_side(self.data_collator), self.task)
+        stack_4bit_products()
+        probe = self._probe(self.model)
         probe.check_independence(perturbation)
         probe.check_reach(perturbation)
         self._losses = probe.losses(perturbation, self._prepare_inputs)
-        self._streamed = perturbation.find_streamed(probe.run)
+        # A compiled model would be compiled again with every micro-batch.
+        if self._compiled is None and self.accelerator.state.dynamo_plugin.backend == DynamoBackend.NO:
+            self._streamed = perturbation.find_streamed(probe.run)
+
+    def _probe(self, model: nn.Module) -> Probe:
+        return Probe(model, self.args.device, padding_side(self.data_collator), self.task)
+
+    def _run_losses(self, model: nn.Module, perturbation: Perturbation) -> Losses:
+        """The probe's losses; of a compiled `model`, those of one point at a time with nothing shared."""
+        losses = self._losses or Losses(self.model, self.task, self._prepare_inputs)
+        if model is self.model:
+            return losses
+        if Probe.suits(self.model):
+            check_compiled(perturbation, self._probe(self.model).run, self._probe(model).run)
+        return Losses(model, self.task, self._prepare_inputs, Shortcuts(head=losses.shortcuts.head))
 
     def _build_step(self, model: nn.Module) -> PrivateStep:
         plan, config = self.privacy_plan, self.dpzero_config
         perturbation = self._perturbation()
         secret = seeded_secret(self.args.seed) if config.deterministic else new_secret()
-        losses = self._losses or Losses(model, self.task, self._prepare_inputs)
-        losses.model = model
+        model = model if self._compiled is None else self._compiled
+        losses = self._run_losses(model.eval(), perturbation)
         step = PrivateStep(
             model,
             plan,
-            self._private_batches(PoissonSampler(plan.num_units, plan.sample_rate, secret)),
+            self._private_batches(PoissonSampler(plan.num_units, plan.sample_rate, secret), losses.shortcuts.packs),
             losses,
             perturbation,
             self._dpzero_optimizer,
@@ -201,7 +225,7 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
         self._private_losses = {done: loss for done, loss in released.items() if loss is not None}
         return step
 
-    def _private_batches(self, sampler: PoissonSampler) -> LogicalBatches:
+    def _private_batches(self, sampler: PoissonSampler, packed: bool) -> LogicalBatches:
         dataset, collate = self.train_dataset, self.data_collator
         if (unit := self.dpzero_config.privacy_unit) is not None:
             collate = without_column(collate, unit)
@@ -218,7 +242,7 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
             self.args.world_size,
             self._units,
             self.max_tokens_per_micro_batch,
-            packed=self._losses is not None and self._losses.shortcuts.packs,
+            packed,
         )
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -268,6 +292,12 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
         """As in the Trainer, but models are never wrapped in DDP: nothing is synchronised but the K sums."""
         super().create_accelerator_and_postprocess()
         self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+        if self.model is not None and is_offloaded(self.model):
+            self.accelerator.device_placement = False
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not is_offloaded(model):
+            super()._move_model_to_device(model, device)
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: every trial would spend its own ε, and choosing among them spends more."""

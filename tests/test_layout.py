@@ -16,7 +16,10 @@ LAYERS = (
     ("errors", "config"),
     ("philox", "kernels", "forwards", "streaming", "directions", "perturbation"),
     ("mechanism", "release", "estimation"),
-    ("guards", "probe_causes", "probe_data", "probe_shortcuts", "probe", "saving"),
+    (
+        *("compiling", "guards", "offloading", "probe_causes", "probe_data", "probe_shortcuts", "probe"),
+        *("quantised", "saving"),
+    ),
     ("step",),
     ("resuming",),
     ("trainer",),

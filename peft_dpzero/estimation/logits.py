@@ -73,8 +73,9 @@ class OutputHead:
     def __init__(self, module: nn.Module, vocabulary: int) -> None:
         self.module = module
         self.vocabulary = vocabulary
-        # Rows of a frozen linear layer can be read alone.
-        self._rows_readable = type(module) is nn.Linear and not any(p.requires_grad for p in module.parameters())
+        # Rows of a frozen linear layer can be read alone, if they are in memory.
+        parameters = list(module.parameters())
+        self._rows_readable = type(module) is nn.Linear and not any(p.requires_grad or p.is_meta for p in parameters)
 
     @classmethod
     def of(cls, model: Any) -> OutputHead | None:

@@ -29,10 +29,11 @@ from peft_dpzero.estimation.trunk import SharedTrunk
 MicroBatch = Mapping[str, Any]
 
 # Points are stacked over a shared trunk while the widest output above it stays within this many entries, which is what
-# a core's share of the cache holds (`tests/benchmarks/stacking.py`); elsewhere while a micro-batch of so few tokens
-# leaves a CPU idle.
+# a core's share of the cache holds (`tests/benchmarks/stacking.py`). Elsewhere they are while a micro-batch of so few
+# tokens leaves a CPU idle, or while weights take longer to fetch than to use.
 STACKED_ENTRIES_ABOVE_TRUNK = 1 << 22
-STACKED_TOKENS = 512
+STACKED_TOKENS = 128
+STACKED_TOKENS_OFFLOADED = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Losses:
         self.task = task
         self.place = place
         self.shortcuts = shortcuts
+        self._offloaded = any(parameter.is_meta for parameter in model.parameters())
         self._laid: tuple[MicroBatch, Layout | None] | None = None
         self._settings = {"use_cache": False} if _takes_use_cache(model) else {}
 
@@ -114,6 +116,8 @@ class Losses:
         ids, trunk = batch.get("input_ids"), self.shortcuts.trunk
         rows = next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
         tokens = ids.numel() if isinstance(ids, Tensor) else rows
+        if self._offloaded:
+            return STACKED_TOKENS_OFFLOADED // max(tokens, 1)
         if trunk is None:
             return STACKED_TOKENS // max(tokens, 1)
         return STACKED_ENTRIES_ABOVE_TRUNK // trunk.entries_above(rows, tokens)
