@@ -70,11 +70,12 @@ def main() -> None:
     config = dpzero.DPZeroConfig(target_epsilon=2.0, target_delta=1e-5, num_directions=8, clipping_threshold=1.0)
     plan = dpzero.make_plan(config, num_units=NUM_TRAIN, expected_batch_size=BATCH, steps=options.steps)
     sampler = dpzero.PoissonSampler(plan.num_units, plan.sample_rate, dpzero.new_secret())
-    batches = dpzero.LogicalBatches(
-        train_rows, sampler, collate, 64, accelerator.process_index, accelerator.num_processes
-    )
-    losses = dpzero.Losses(model, dpzero.infer_task(model), partial(send_to_device, device=accelerator.device))
     perturbation = dpzero.Perturbation(model, config.direction_seed, config.direction_distribution)
+    probe = dpzero.Probe(model.eval(), accelerator.device, task=dpzero.infer_task(model))
+    probe.check_independence(perturbation)
+    losses = probe.losses(perturbation, partial(send_to_device, device=accelerator.device))
+    shard = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    batches = dpzero.LogicalBatches(train_rows, sampler, collate, 64, **shard, packed=losses.shortcuts.packs)
     optimizer = dpzero.DPZeroOptimizer(perturbation.parameters.values(), lr=3.0)
     scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=plan.steps)
 
