@@ -20,7 +20,7 @@ from peft_dpzero.estimation.units import Units
 Collator = Callable[[list[Any]], dict[str, Any]]
 
 # What a pass costs besides its tokens, in tokens: an estimate that suits small models on a CPU.
-PASS_TOKENS = 64
+PASS_TOKENS = 32
 
 
 @dataclass(frozen=True)
