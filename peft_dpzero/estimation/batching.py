@@ -117,7 +117,7 @@ class LogicalBatches:
             return dealt_parts(lengths, order, budget)
         else:
             sizes = cheapest_parts(lengths[order], budget)
-        return [part for part in np.split(order, np.cumsum(sizes)) if len(part)][::-1]
+        return [part for part in np.split(order, np.cumsum(sizes)) if len(part)]
 
     def _rows(self, indices: Sequence[int]) -> list[Any]:
         if hasattr(self._dataset, "__getitems__"):

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
-from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
 
 from peft_dpzero.forwards import Forward, replaced_forwards
 
@@ -39,25 +40,29 @@ class MergedLora:
 
 
 def _is_plain(layer: Linear) -> bool:
-    weight = getattr(layer.get_base_layer(), "weight", None)
-    wide = isinstance(weight, Tensor) and weight.dtype in (torch.float32, torch.float64)
+    base = layer.get_base_layer()
+    wide = type(base) in (nn.Linear, Conv1D) and base.weight.dtype in (torch.float32, torch.float64)
     return wide and not layer.lora_variant and not any(layer.lora_bias.values())
 
 
 def _merged_forward(layer: Linear, always: bool) -> Forward:
     apart = layer.forward
+    base: Any = layer.get_base_layer()
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        base = layer.get_base_layer()
+        weight = base.weight
         adapters = [name for name in layer.active_adapters if name in layer.lora_A]
-        idle = layer.disable_adapters or layer.merged or not adapters
-        # The sum takes as long as applying the factors to about this many tokens.
-        few = not always and x.numel() < x.shape[-1] * min(layer.in_features, layer.out_features)
-        if idle or few or kwargs or base.weight.is_meta:
+        alike = {layer.lora_A[name].weight.dtype for name in adapters} == {weight.dtype} == {x.dtype}
+        idle = layer.disable_adapters or layer.merged or not alike or torch.is_autocast_enabled(x.device.type)
+        # Summing takes as long as applying the factors to about this many tokens.
+        few = not always and x.numel() < x.shape[-1] * min(layer.in_features, layer.out_features) / 2
+        if idle or few or args or kwargs or weight.is_meta or hasattr(base, "_hf_hook"):
             return apart(x, *args, **kwargs)
-        total = layer.get_delta_weight(adapters[0])
-        for name in adapters[1:]:
-            total += layer.get_delta_weight(name)
-        return functional_call(base, {"weight": total.add_(base.weight)}, (x, *args))
+        for name in adapters:
+            factors = layer.lora_B[name].weight, layer.lora_A[name].weight  # [out, r], [r, in]
+            if layer.fan_in_fan_out:
+                factors = factors[1].T, factors[0].T
+            weight = torch.addmm(weight, *factors, alpha=layer.scaling[name])
+        return F.linear(x, weight.T if layer.fan_in_fan_out else weight, base.bias)
 
     return forward

@@ -18,7 +18,7 @@ from peft_dpzero.estimation.packing import LINE_TOKENS, Layout
 from peft_dpzero.estimation.passes import Shortcuts
 from test_passes import CPU, POINTS, TARGETS, Words, full, lora
 from torch import Tensor, nn
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
 
 from tiny import VOCABULARY, tiny_model
 
@@ -68,6 +68,17 @@ def test_merged_lora_gives_the_plain_losses_and_writes_no_weight(kind: str, chan
     torch.testing.assert_close(at_points(model, task, one, Shortcuts(lora=merged)), plain, rtol=1e-5, atol=1e-6)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_merged_lora_takes_weights_that_are_stored_transposed() -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, vocab_size=VOCABULARY)
+    settings = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "init_lora_weights": False}
+    model = get_peft_model(GPT2LMHeadModel(config), LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+    one, task, merged = rows_of([7, 3, 5]), infer_task(model), MergedLora(model, always=True)
+    assert len(merged.layers) == 6
+    plain = at_points(model, task, one)
+    torch.testing.assert_close(at_points(model, task, one, Shortcuts(lora=merged)), plain, rtol=1e-5, atol=1e-5)
 
 
 def test_adapters_that_are_more_than_a_product_stay_apart() -> None:
