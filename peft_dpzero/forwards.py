@@ -1,12 +1,13 @@
-"""Modules' forwards, replaced for a while."""
+"""Modules' forwards, replaced or watched for a while."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 Forward = Callable[..., Any]
 
@@ -25,3 +26,14 @@ def replaced_forwards(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
                 module.forward = before
             else:
                 vars(module).pop("forward", None)
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Removes the hooks after the block."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

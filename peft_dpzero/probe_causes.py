@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from peft_dpzero.errors import DPZeroError
+from peft_dpzero.forwards import hooked
 
 Call = tuple[str, int]
 
@@ -124,11 +125,8 @@ def watched(model: nn.Module) -> Iterator[dict[Call, Tensor]]:
         return lambda module, args, output: note(name, output)
 
     handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
-    try:
+    with hooked(handles):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def first_difference(

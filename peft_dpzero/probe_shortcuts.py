@@ -104,7 +104,8 @@ def find_shortcuts(trials: Trials, trunk: SharedTrunk | None, run: Callable[[], 
         run: one forward pass on made-up tokens.
     """
     model, found = trials.model, PLAIN
-    if type(trials.task) in (TokenTask, Verbalizer) and (head := OutputHead.of(model)) is not None:
+    reads_labels_only = type(trials.task) in (TokenTask, Verbalizer)
+    if reads_labels_only and (head := OutputHead.of(model)) is not None:
         found = _with(trials, found, head=head)
         if found.head is None:
             logger.info("Logits are made at all positions: this model's head does more than project.")
@@ -115,7 +116,7 @@ def find_shortcuts(trials: Trials, trunk: SharedTrunk | None, run: Callable[[], 
         tried = [module for module in last_modules(model, run) if module is not head_module]
         narrowed = find_narrowed(tried, lambda modules: trials.agree_narrowed(found, modules))
         found = replace(found, last=NarrowedLayers(narrowed) if narrowed else None)
-    if type(trials.task) in (TokenTask, Verbalizer) and trials.agree_packed(packed := replace(found, packs=True)):
+    if reads_labels_only and trials.agree_packed(packed := replace(found, packs=True)):
         found = packed
     if trials.perturbation.most_stacked > 1:
         found = _with(trials, found, stacks=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_dpzero.forwards import Forward, replaced_forwards
+from peft_dpzero.forwards import Forward, hooked, replaced_forwards
 
 
 def streamable_parameters(
@@ -30,11 +30,8 @@ def streamable_parameters(
     if any(hasattr(module, "_orig_mod") for module in model.modules()):
         return frozenset()
     handles = [module.register_forward_pre_hook(lambda module, args: called.add(module)) for module in model.modules()]
-    try:
+    with hooked(handles):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if callable(find_head) else None
     barred = {id(parameter) for parameter in head.parameters()} if isinstance(head, nn.Module) else set()

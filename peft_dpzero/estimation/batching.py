@@ -110,14 +110,12 @@ class LogicalBatches:
         """The rows of each micro-batch, by index into `lengths`."""
         order = np.argsort(lengths, kind="stable")
         longest = int(lengths[order[-1]])
-        budget = self.max_tokens or self.micro_batch_size * longest
         if not longest:
-            sizes = [self.micro_batch_size] * (-(-len(order) // self.micro_batch_size))
-        elif self.packed and packs_well(lengths):
+            return np.split(order, range(self.micro_batch_size, len(order), self.micro_batch_size))
+        budget = self.max_tokens or self.micro_batch_size * longest
+        if self.packed and packs_well(lengths):
             return dealt_parts(lengths, order, budget)
-        else:
-            sizes = cheapest_parts(lengths[order], budget)
-        return [part for part in np.split(order, np.cumsum(sizes)) if len(part)]
+        return np.split(order, np.cumsum(cheapest_parts(lengths[order], budget))[:-1])
 
     def _rows(self, indices: Sequence[int]) -> list[Any]:
         if hasattr(self._dataset, "__getitems__"):

@@ -53,8 +53,7 @@ def losses_at(
     points: Sequence[Point],
 ) -> Tensor:
     """Losses of all rows at all points: (points, rows) float64, on the CPU."""
-    trunk = losses.shortcuts.trunk
-    if not losses.shortcuts.stacks and trunk is None:
+    if not losses.shortcuts.stacks and losses.shortcuts.trunk is None:
         # A point meets all micro-batches, so that parameters are perturbed least often.
         placed = [losses.place(one) for one in micro_batches]
         return torch.stack([_at_point(losses, placed, perturbation, step, point) for point in points])

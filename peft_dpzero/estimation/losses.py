@@ -148,7 +148,8 @@ class ClassificationTask(Task):
 
     def positions(self, batch: Batch, length: int) -> tuple[Tensor, Tensor]:
         """The first of each row: what BERT's kind of head reads. Where a head reads more, the probe finds out."""
-        rows = torch.arange(len(labels_of(batch)), device=labels_of(batch).device)
+        labels = labels_of(batch)
+        rows = torch.arange(len(labels), device=labels.device)
         return rows, torch.zeros_like(rows)
 
     @staticmethod

@@ -15,7 +15,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from peft_dpzero.forwards import Forward, replaced_forwards
+from peft_dpzero.forwards import Forward, hooked, replaced_forwards
 
 # (length of the outputs) → rows and positions that are read, both (n,), or None for all.
 Positions = Callable[[int], tuple[Tensor, Tensor] | None]
@@ -46,8 +46,9 @@ class NarrowedLayers:
         def index(shape: torch.Size) -> Tensor | None:
             if shape not in indices:
                 read = positions(shape[1])
-                worthwhile = read is not None and len(read[0]) <= WORTHWHILE * shape.numel()
-                indices[shape] = read[0] * shape[1] + read[1] if read is not None and worthwhile else None
+                if read is not None and len(read[0]) > WORTHWHILE * shape.numel():
+                    read = None
+                indices[shape] = None if read is None else read[0] * shape[1] + read[1]
             return indices[shape]
 
         with replaced_forwards({module: self._narrowed(module.forward, index) for module in self.modules}):
@@ -85,11 +86,8 @@ def last_modules(model: nn.Module, run: Callable[[], object]) -> list[nn.Module]
     inside = {child for layer in layers for child in layer.modules() if child is not layer}
     single = [m for m in model.modules() if m not in inside and (m in layers or next(m.children(), None) is None)]
     handles = [module.register_forward_hook(note, with_kwargs=True) for module in single]
-    try:
+    with hooked(handles):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return [module for module, alike in reversed(ended.items()) if alike]
 
 

@@ -34,7 +34,7 @@ class Layout:
         lengths: tokens of each row: (b,).
         line: each row's line: (b,).
         start: each row's first column in its line: (b,).
-        source: index of each place's token in the flattened padded batch, that of padding −1: (lines, length).
+        source: index of each place's token in the flattened padded batch, of padding any: (lines, length).
         position_ids: of each place in its row: (lines, length).
     """
 
@@ -61,7 +61,7 @@ class Layout:
         if len(lines) * longest > (1 - WORTHWHILE) * mask.numel():
             return None
         line_of, start_of = torch.zeros_like(lengths), torch.zeros_like(lengths)
-        source = torch.full((len(lines), longest), -1)
+        source = torch.zeros(len(lines), longest, dtype=torch.int64)
         position_ids = torch.arange(longest).repeat(len(lines), 1)
         for number, line in enumerate(lines):
             start = 0
@@ -82,7 +82,7 @@ class Layout:
         del made["attention_mask"]
         for key in ("input_ids", "token_type_ids"):
             if key in made:
-                made[key] = made[key].flatten()[self.source.clamp(min=0)]
+                made[key] = made[key].flatten()[self.source]
         return made | {"position_ids": self.position_ids}
 
     def places(self, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_dpzero.forwards import Forward, replaced_forwards
+from peft_dpzero.forwards import Forward, hooked, replaced_forwards
 
 
 class SharedTrunk:
@@ -86,11 +86,8 @@ def _watched(model: nn.Module, probe: Callable[[], object]) -> dict[nn.Module, _
 
     handles = [m.register_forward_pre_hook(on_start) for m in model.modules()]
     handles += [m.register_forward_hook(on_end) for m in model.modules()]
-    try:
+    with hooked(handles):
         probe()
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls
 
 

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 from accelerate import disk_offload
-from peft_dpzero import LogicalBatches, Losses, Perturbation, PoissonSampler, Probe, Shortcuts
+from ours import Batches
+from peft_dpzero import Losses, Perturbation, Probe, Shortcuts
 from peft_dpzero.estimation import passes
 from peft_dpzero.estimation.differences import losses_at
 from peft_dpzero.offloading import bring_trained_into_memory
@@ -42,14 +43,7 @@ class Passes:
     """Losses of a step's rows at `POINTS`."""
 
     def __init__(self, workload: Workload, losses: Losses, perturbation: Perturbation) -> None:
-        sampler = PoissonSampler(len(workload.rows), workload.batch_size / len(workload.rows), b"engines")
-        self.batches = LogicalBatches(
-            workload.rows,
-            sampler,
-            workload.collate,
-            workload.micro_batch_size,
-            packed=losses.shortcuts.packs,
-        )
+        self.batches = Batches(workload, b"engines").logical(losses)
         self.losses = losses
         self.perturbation = perturbation
 

@@ -11,6 +11,7 @@ from peft_dpzero import (
     DPZeroConfig,
     DPZeroOptimizer,
     LogicalBatches,
+    Losses,
     Perturbation,
     PoissonSampler,
     PrivateStep,
@@ -26,11 +27,18 @@ class Batches:
     """Which rows a step reads: a Poisson sample under a key that is known, so that all contenders get the same ones."""
 
     def __init__(self, workload: Workload, key: bytes = b"benchmark") -> None:
+        self.workload = workload
         self.rows = workload.rows
         self.sampler = PoissonSampler(len(workload.rows), workload.batch_size / len(workload.rows), key)
 
     def __call__(self, step: int) -> list[Row]:
         return [self.rows[i] for i in self.sampler.draw(step)]
+
+    def logical(self, losses: Losses) -> LogicalBatches:
+        """The same rows in micro-batches, as `losses` takes them."""
+        made = self.workload
+        packed = losses.shortcuts.packs
+        return LogicalBatches(self.rows, self.sampler, made.collate, made.micro_batch_size, packed=packed)
 
 
 class Ours:
@@ -48,13 +56,7 @@ class Ours:
         losses = Probe(workload.model, device, task=workload.task).losses(
             perturbation, partial(send_to_device, device=device)
         )
-        batches = LogicalBatches(
-            workload.rows,
-            Batches(workload).sampler,
-            workload.collate,
-            workload.micro_batch_size,
-            packed=losses.shortcuts.packs,
-        )
+        batches = Batches(workload).logical(losses)
         self.step = PrivateStep(workload.model, plan, batches, losses, perturbation, self.optimizer)
 
     def __call__(self, number: int, rows: list[Row]) -> None:
