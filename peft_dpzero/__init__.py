@@ -15,6 +15,7 @@ from peft_dpzero.estimation.losses import (
 )
 from peft_dpzero.estimation.passes import Losses, Shortcuts
 from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
+from peft_dpzero.estimation.shapes import Shapes
 from peft_dpzero.estimation.verbalizer import Verbalizer
 from peft_dpzero.mechanism.plan import PrivacyPlan, make_plan
 from peft_dpzero.mechanism.private_sum import Released
@@ -52,6 +53,7 @@ __all__ = [
     "Probe",
     "Released",
     "Seq2SeqTask",
+    "Shapes",
     "Shortcuts",
     "Task",
     "TokenTask",

@@ -73,6 +73,18 @@ class DPZeroConfig:
         default=0.5, metadata=_help("Share of units that adaptive clipping leaves unclipped.")
     )
 
+    max_length: int | None = field(
+        default=None,
+        metadata=_help("Most tokens of an example, a public bound: longer ones contribute nothing. None sets none."),
+    )
+    rows_asserted_independent: bool = field(
+        default=False,
+        metadata=_help(
+            "You vouch that no row's loss depends on the rows beside it, where that is not known of a model or loss: "
+            "rows then share passes. The privacy record says so."
+        ),
+    )
+
     # Parameters that control the estimate.
     num_directions: int = field(default=16, metadata=_help("K: random directions a step; 1 is DPZero."))
     smoothing_parameter: float = field(default=1e-3, metadata=_help("λ: how far parameters are perturbed."))
@@ -117,8 +129,11 @@ class DPZeroConfig:
         self._check_integer("num_directions", low=1, high=4096)
         self._check_integer("max_examples_per_unit", low=1, high=2**31)
         self._check_integer("direction_seed", low=0, high=2**63 - 1)
-        if not isinstance(self.deterministic, bool):
-            raise ValueError(f"deterministic must be true or false, got {self.deterministic!r}.")
+        if self.max_length is not None:
+            self._check_integer("max_length", low=1, high=2**31)
+        for name in ("rows_asserted_independent", "deterministic"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}.")
         if not (_is_number(self.clipping_quantile) and 0 < self.clipping_quantile < 1):
             raise ValueError(
                 f"clipping_quantile must lie strictly between 0 and 1, got {self.clipping_quantile!r}: 0.5 leaves half "

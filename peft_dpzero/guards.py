@@ -110,12 +110,6 @@ def check_collator(collator: Any) -> None:
         )
 
 
-def padding_side(collator: Any) -> str:
-    """Where `collator` pads: its tokenizer's side, or "right"."""
-    tokenizer = getattr(collator, "tokenizer", None)
-    return "left" if getattr(tokenizer, "padding_side", None) == "left" else "right"
-
-
 def check_columns(dataset: Any, label_names: Sequence[str]) -> None:
     """Refuses a data set whose column names show that it has no labels.
 

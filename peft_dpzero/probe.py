@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peft_dpzero.architectures import ROWWISE_TASKS, crossings, positions_of, reason_to_separate
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.estimation.losses import IGNORE, Task, TokenTask
+from peft_dpzero.estimation.losses import FunctionTask, Task, TokenTask
 from peft_dpzero.estimation.passes import Losses, MicroBatch
+from peft_dpzero.estimation.shapes import IGNORE, PASS_TOKENS, PASS_TOKENS_ELSEWHERE, Shapes
+from peft_dpzero.estimation.state import KeptState
 from peft_dpzero.estimation.trunk import SharedTrunk
 from peft_dpzero.perturbation import Perturbation
-from peft_dpzero.probe_causes import Dependence, dependence_error, first_difference, watched
+from peft_dpzero.probe_causes import Dependence, dependence_error, first_difference, told, watched
 from peft_dpzero.probe_data import Arrangement, MadeUpData
-from peft_dpzero.probe_shortcuts import OUR_TASKS, Trials, find_shortcuts
+from peft_dpzero.probe_shortcuts import Trials, find_shortcuts
 
 logger = logging.getLogger(__name__)
 
 # How far the probe moves the parameters: enough to show in float32 logits whatever the adapter.
 _PROBE_SCALE = 0.1
-# Copies of one row meet the same experts, so that a small batch shows what a capacity drops.
-_CROWD = 16
+# Lengths of the rows that are compared bit by bit, and up to which those past a limit of the config are tried.
+_LENGTHS = (6, 20)
+_LONGEST = 1024
+_MOST_TOKENS = 4096
 
 
 class Probe:
@@ -33,14 +38,18 @@ class Probe:
     Args:
         model: takes `input_ids` and `attention_mask`, returns `.logits`.
         device: where the inputs go.
-        padding_side: where the data's padding goes, "right" or "left".
         task: the run's losses; None compares logits alone.
+        asserted: whether the user vouches that the model and the task keep the rows of a micro-batch apart.
+
+    Attributes:
+        reason: why rows go through the model one at a time; None if several share a pass.
     """
 
-    def __init__(self, model: Any, device: torch.device, padding_side: str = "right", task: Task | None = None) -> None:
+    def __init__(self, model: Any, device: torch.device, task: Task | None = None, asserted: bool = False) -> None:
         self.model = model
         self.task = task or Task()
-        self.data = MadeUpData(model, device, padding_side, task)
+        self.reason = None if asserted else reason_to_separate(model, self.task)
+        self.data = MadeUpData(model, device, task)
         weights = [p.dtype for p in model.parameters() if p.is_floating_point()]
         self._precise = all(dtype in (torch.float32, torch.float64) for dtype in weights)
         self._tolerance = 3e-4 if self._precise else 0.1
@@ -50,25 +59,41 @@ class Probe:
         """Whether the model reads tokens, so that a probe can be made up."""
         return hasattr(model, "config") and getattr(model, "main_input_name", "input_ids") == "input_ids"
 
+    @property
+    def _shown(self) -> Arrangement:
+        return self.data.together(0) if self.reason is None else self.data.alone(0)
+
     @torch.no_grad()
     def run(self) -> Tensor:
-        """Logits of the whole probe: (b, …)."""
-        return torch.as_tensor(self.model(**Task().inputs(self.data.batch(self.data.together(0)))).logits)
+        """Logits of made-up rows: (b, …)."""
+        return torch.as_tensor(self.model(**Task().inputs(self.data.batch(self._shown))).logits)
 
-    def check_independence(self, perturbation: Perturbation) -> None:
-        """Refuses models and losses in which an example's loss depends on its batch-mates, at θ or near it.
+    def fit_shapes(self, perturbation: Perturbation, shapes: Shapes) -> Shapes:
+        """`shapes` with what the model and the task ask for; one row a pass if rows are not known to be strangers.
+
+        Nor are they if a made-up row's loss depends on its batch-mates, at θ or near it, be it by one bit: `reason`
+        then says how.
+
+        Args:
+            perturbation: over the model.
+            shapes: the sizes that the user decides.
 
         Raises:
-            DPZeroError: it does; names the cause and the first module whose output shows it.
+            DPZeroError: a row's loss depends on chance, which nothing mends.
         """
-        # Parameters that start at zero, as LoRA's B, would hide what they multiply.
-        for scale in (0.0, _PROBE_SCALE):
-            with perturbation.at(0, 0, scale):
-                for index, row in enumerate(self.data.rows):
-                    alone = Arrangement([row], 0, len(row))
-                    for company in self._companies(index):
-                        if any(self._differences(alone, company)):
-                            raise dependence_error(self._diagnose(alone, company))
+        shapes = replace(
+            shapes,
+            limit=positions_of(self.model),
+            pad_token_id=self.data.pad,
+            token_labels=self.task.token_labels,
+            pass_tokens=PASS_TOKENS.get(self.data.device.type, PASS_TOKENS_ELSEWHERE),
+        )
+        alone = self.data.alone(0)
+        if any(self._differences(alone, alone, exactly=True)):
+            raise dependence_error(Dependence("chance", *self._locate(alone, alone)))
+        if self.reason is None and (found := self._dependence(perturbation, shapes)) is not None:
+            self.reason = told(found)
+        return replace(shapes, alone=self.reason is not None)
 
     def check_reach(self, perturbation: Perturbation) -> None:
         """Refuses trainable parameters that do not influence the output.
@@ -92,9 +117,10 @@ class Probe:
             return None
         with perturbation.at(0, 0, _PROBE_SCALE):
             plain = self.run()
-        with trunk.shared():
+        with trunk.shared() as restart:
             self.run()
             for _ in range(2):
+                restart()
                 with perturbation.at(0, 0, _PROBE_SCALE):
                     shared = self.run()
         if not torch.allclose(plain, shared, rtol=1e-5, atol=1e-6):
@@ -104,18 +130,38 @@ class Probe:
 
     def losses(self, perturbation: Perturbation, place: Callable[[MicroBatch], MicroBatch]) -> Losses:
         """The run's losses by the cheapest passes that give the plain ones' values here."""
-        batch = self.data.batch(self.data.together(0))
+        batch = self.data.batch(self._shown)
         if isinstance(self.task, TokenTask) and "labels" in batch:
             batch["labels"] = _thinned(batch["labels"])
         trials = Trials(self.model, self.task, batch, perturbation, self._tolerance / 30)
         found = find_shortcuts(trials, self.find_trunk(perturbation), self.run)
         return Losses(self.model, self.task, place, found)
 
-    def _companies(self, index: int) -> list[Arrangement]:
-        """The batches in which row `index` must keep its loss: among others, in another order, among copies."""
-        rows, row, together = self.data.rows, self.data.rows[index], self.data.together(index)
-        backwards = Arrangement(rows[::-1], len(rows) - 1 - index, together.width)
-        return [together, backwards, Arrangement([row] * _CROWD, _CROWD - 1, len(row))]
+    def _dependence(self, perturbation: Perturbation, shapes: Shapes) -> Dependence | None:
+        state = KeptState(self.model)
+        # Parameters that start at zero, as LoRA's B, would hide what they multiply.
+        for scale in (0.0, _PROBE_SCALE):
+            with perturbation.at(0, 0, scale), state.kept():
+                for one, other, exactly in self._trials(shapes):
+                    if any(self._differences(one, other, exactly)):
+                        return self._diagnose(one, other)
+        return None
+
+    def _trials(self, shapes: Shapes) -> Iterator[tuple[Arrangement, Arrangement, bool]]:
+        """Pairs of batches in which a row must keep its loss: but for rounding, or to the bit."""
+        together = self.data.together(0)
+        for index in range(len(together.rows)):
+            yield self.data.alone(index), replace(together, index=index), False
+        bound = min(_LONGEST, shapes.limit or _LONGEST, shapes.max_length or _LONGEST)
+        for length in [*_LENGTHS, *crossings(self.model, bound)]:
+            row, stranger, short = self.data.rows_of([length, length, min(_LENGTHS) // 2])
+            width, count = shapes.length(len(row)), shapes.rows(shapes.length(len(row)))
+            if count > 1 and width > len(row) and width * count <= _MOST_TOKENS:
+                yield (
+                    Arrangement([row, *[short] * (count - 1)], 0, width),
+                    Arrangement([*[stranger] * (count - 1), row], count - 1, width),
+                    True,
+                )
 
     @torch.no_grad()
     def _read(self, arranged: Arrangement) -> tuple[Tensor | None, Tensor | None]:
@@ -134,12 +180,12 @@ class Probe:
         try:
             return self.task.inputs(batch)
         except Exception:  # A user's task may want columns that nobody can make up.
-            if type(self.task) in OUR_TASKS:
+            if type(self.task) in ROWWISE_TASKS:
                 raise
             return Task().inputs(batch)
 
     def _loss(self, outputs: Any, batch: dict[str, Tensor], arranged: Arrangement) -> Tensor | None:
-        ours = type(self.task) in OUR_TASKS
+        ours = type(self.task) in ROWWISE_TASKS and type(self.task) is not FunctionTask
         # In half precision rounding alone can turn a user's yes into a no.
         if "labels" not in batch or not (ours or self._precise):
             return None
@@ -152,16 +198,18 @@ class Probe:
             return None
         return losses[arranged.index].double() if losses.shape == (len(arranged.rows),) else None
 
-    def _differences(self, one: Arrangement, other: Arrangement) -> tuple[bool, bool]:
+    def _differences(self, one: Arrangement, other: Arrangement, exactly: bool = False) -> tuple[bool, bool]:
         """Whether the tested row's logits differ between the two batches, and whether its loss does."""
         (logits, loss), (other_logits, other_loss) = self._read(one), self._read(other)
         scale = 0.0 if logits is None else float(logits.abs().max())
-        by_logits = _apart(logits, other_logits, self._tolerance * scale)
-        by_loss = _apart(loss, other_loss, self._tolerance * max(scale, 0.0 if loss is None else float(loss.abs())))
+        tolerance = 0.0 if exactly else self._tolerance
+        by_logits = _apart(logits, other_logits, tolerance * scale)
+        by_loss = _apart(loss, other_loss, tolerance * max(scale, 0.0 if loss is None else float(loss.abs())))
         return by_logits, by_loss
 
     def _diagnose(self, alone: Arrangement, company: Arrangement) -> Dependence:
         """Narrows the difference between two batches down to one circumstance and the first module that shows it."""
+        alone = Arrangement([alone.rows[alone.index]], 0, len(alone.rows[alone.index]))
         padded = replace(alone, width=company.width)
         refilled = replace(padded, filler=self.data.other_token)
         strangers = [row if i == company.index else row.flip(0) for i, row in enumerate(company.rows)]

@@ -46,14 +46,19 @@ def check_batch_norm(model: nn.Module) -> None:
 
 
 def dependence_error(found: Dependence) -> DPZeroError:
-    """The refusal, with the cause's name, the module and the way out."""
+    """The refusal of what cannot be mended by running rows one at a time."""
+    return DPZeroError(
+        f"An example's loss depends on more than the example, so clipping it bounds nothing. {told(found)}"
+    )
+
+
+def told(found: Dependence) -> str:
+    """The cause's name, the module that shows it first, and the way out."""
     where = ""
     if found.module is not None:
         where = f" It shows first in {found.name or 'the model itself'} ({type(found.module).__name__})."
     cause, fix = _cause(found)
-    return DPZeroError(
-        f"An example's loss depends on its batch-mates, so clipping it bounds nothing. Cause: {cause}.{where} {fix}"
-    )
+    return f"Cause: {cause}.{where} {fix}"
 
 
 def _cause(found: Dependence) -> tuple[str, str]:
@@ -77,7 +82,7 @@ def _cause(found: Dependence) -> tuple[str, str]:
     if found.circumstance == "padding":
         return (
             "pad length: padding shifts positions, or is counted as text",
-            "If you pad on the left, set tokenizer.padding_side='right'; otherwise use rows of equal length.",
+            "Use a model that applies attention_mask.",
         )
     if module is not None and (re.search("moe|expert|router|switch|capacity", kind) or _has_capacity(module)):
         return (

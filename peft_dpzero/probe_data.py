@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.estimation.losses import IGNORE, ClassificationTask, Task, TokenTask, infer_task
+from peft_dpzero.estimation.losses import ClassificationTask, Task, TokenTask, infer_task
+from peft_dpzero.estimation.shapes import IGNORE
 from peft_dpzero.estimation.verbalizer import Verbalizer
 
 _LENGTHS = (5, 9, 7)
@@ -40,28 +41,36 @@ class MadeUpData:
     Args:
         model: whose vocabulary and classes they suit.
         device: where they lie.
-        padding_side: "right" or "left".
         task: whose labels they carry; None carries none.
     """
 
-    def __init__(self, model: Any, device: torch.device, padding_side: str, task: Task | None) -> None:
+    def __init__(self, model: Any, device: torch.device, task: Task | None) -> None:
         config = model.config
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        self.padding_side = padding_side
         self.encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         self.pad = int(getattr(text, "pad_token_id", None) or 0)
         self._labelled = _labelled_task(task, model)
         self._classes = _classes(self._labelled, model, text)
+        self._vocabulary = int(text.vocab_size)
+        self._slots = torch.tensor(_mask_tokens(task), dtype=torch.int64)
+        self.device = device
+        self.rows = self.rows_of(_LENGTHS)
+        self.other_token = int(self.rows[0][0])
+
+    def rows_of(self, lengths: Sequence[int]) -> list[Tensor]:
+        """Token ids of rows of these lengths, mask tokens that a task wants apart: the same ones at each call."""
         generator = torch.Generator().manual_seed(0)
-        draw = torch.randint(0, text.vocab_size - 1, (sum(_LENGTHS),), generator=generator)
+        draw = torch.randint(0, self._vocabulary - 1, (sum(lengths),), generator=generator)
         ids = draw + (draw >= self.pad).long()
-        slots = ids.new_tensor(_mask_tokens(task))
-        self.rows = [torch.cat([row, slots]).to(device) for row in torch.split(ids, list(_LENGTHS))]
-        self.other_token = int(ids[0])
+        return [torch.cat([row, self._slots]).to(self.device) for row in torch.split(ids, list(lengths))]
 
     def together(self, index: int) -> Arrangement:
         """All rows, `index` under test."""
         return Arrangement(self.rows, index, max(map(len, self.rows)))
+
+    def alone(self, index: int) -> Arrangement:
+        """One row, without padding."""
+        return Arrangement([self.rows[index]], 0, len(self.rows[index]))
 
     def batch(self, arranged: Arrangement) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask` (b, width), `labels` and what else the model and the task take."""
@@ -79,7 +88,7 @@ class MadeUpData:
     def own_tokens(self, states: Tensor, arranged: Arrangement) -> Tensor:
         """`states` (virtual tokens + width, …) at the tested row's own tokens."""
         length = len(arranged.rows[arranged.index])
-        return states[: len(states) - arranged.width + length] if self.padding_side == "right" else states[-length:]
+        return states[: len(states) - arranged.width + length]
 
     def own_part(self, output: Tensor, arranged: Arrangement) -> Tensor | None:
         """What belongs to the tested row in a module's output, or None if that cannot be told."""
@@ -91,10 +100,7 @@ class MadeUpData:
         return self.own_tokens(row, arranged) if row.ndim >= 2 and len(row) >= arranged.width else row
 
     def _padded(self, rows: Sequence[Tensor], width: int, value: int) -> Tensor:
-        right = self.padding_side == "right"
-        return torch.stack(
-            [nn.functional.pad(r, (0, width - len(r)) if right else (width - len(r), 0), value=value) for r in rows]
-        )
+        return torch.stack([nn.functional.pad(row, (0, width - len(row)), value=value) for row in rows])
 
     def _labels(self, task: Task, arranged: Arrangement) -> Tensor:
         """Each row's own labels, wherever it stands."""

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_dpzero.architectures import ROWWISE_TASKS
 from peft_dpzero.estimation.differences import losses_at
 from peft_dpzero.estimation.logits import OutputHead
-from peft_dpzero.estimation.losses import ClassificationTask, Seq2SeqTask, Task, TokenTask
+from peft_dpzero.estimation.losses import FunctionTask, Task, TokenTask
 from peft_dpzero.estimation.merging import MergedLora
 from peft_dpzero.estimation.narrowing import NarrowedLayers, find_narrowed, last_modules
 from peft_dpzero.estimation.passes import PLAIN, Losses, MicroBatch, Shortcuts
@@ -23,7 +24,6 @@ from peft_dpzero.perturbation import Perturbation, Point
 
 logger = logging.getLogger(__name__)
 
-OUR_TASKS = (TokenTask, Seq2SeqTask, ClassificationTask, Verbalizer)
 _POINTS: list[Point] = [(0, 0.1), (1, -0.1)]
 
 
@@ -46,6 +46,8 @@ class Trials:
         self.perturbation = perturbation
         self._batch = batch
         self._tolerance = tolerance
+        # Of several rows, labels at as many places of each are not known to be read.
+        self._single = {k: v[-1:] for k, v in batch.items()} if isinstance(task, TokenTask) else batch
         self._plain = self.losses(PLAIN)
 
     def losses(
@@ -58,14 +60,15 @@ class Trials:
         losses = Losses(self.model, self.task, dict, shortcuts)
         try:
             with warnings.catch_warnings(action="ignore"):
-                return losses_at(losses, [batch], self.perturbation, 0, points)
+                return losses_at(losses, [batch], self.perturbation, 0, points)[0]
         except Exception as error:
             logger.info("A faster pass is not used: %s on made-up tokens.", type(error).__name__)
             return None
 
     def agree(self, shortcuts: Shortcuts) -> bool:
         """Whether the losses are the plain pass's."""
-        return self._near_plain(self.losses(shortcuts))
+        losses = self.losses(shortcuts)
+        return losses is not None and self._plain is not None and self._near(losses, self._plain)
 
     def agree_narrowed(self, shortcuts: Shortcuts, modules: Sequence[nn.Module]) -> bool:
         """Whether the losses are the plain pass's, whatever `modules` put out where no loss reads.
@@ -73,27 +76,15 @@ class Trials:
         Small models hide in a tolerance what large values there change, so that these must not change a bit.
         """
         quiet, loud = (
-            self.losses(replace(shortcuts, last=NarrowedLayers(modules, loud)), _POINTS[:1]) for loud in (False, True)
+            self.losses(replace(shortcuts, last=NarrowedLayers(modules, loud)), _POINTS[:1], self._single)
+            for loud in (False, True)
         )
-        return quiet is not None and loud is not None and torch.equal(quiet, loud) and self._near_plain(quiet)
-
-    def agree_packed(self, shortcuts: Shortcuts) -> bool:
-        """Whether the losses are the plain pass's, and no bit of one depends on the rows in the same line."""
-        losses, ids = self.losses(shortcuts), self._batch["input_ids"]
-        if losses is None or not self._near_plain(losses):
+        if quiet is None or loud is None or self._plain is None:
             return False
-        for row in range(len(ids)):
-            strangers = ids.flip(1)
-            strangers[row] = ids[row]
-            among = self.losses(shortcuts, batch={**self._batch, "input_ids": strangers})
-            if among is None or not torch.equal(among[:, row], losses[:, row]):
-                return False
-        return True
+        return torch.equal(quiet, loud) and self._near(quiet, self._plain[:1, -quiet.shape[1] :])
 
-    def _near_plain(self, losses: Tensor | None) -> bool:
-        if losses is None or self._plain is None:
-            return False
-        return torch.allclose(losses, self._plain[: len(losses)], rtol=1e-4, atol=self._tolerance)
+    def _near(self, losses: Tensor, plain: Tensor) -> bool:
+        return torch.allclose(losses, plain, rtol=1e-4, atol=self._tolerance)
 
 
 def find_shortcuts(trials: Trials, trunk: SharedTrunk | None, run: Callable[[], Any]) -> Shortcuts:
@@ -111,13 +102,11 @@ def find_shortcuts(trials: Trials, trunk: SharedTrunk | None, run: Callable[[], 
             logger.info("Logits are made at all positions: this model's head does more than project.")
     if (lora := MergedLora(model)).layers and trials.agree(replace(found, lora=MergedLora(model, always=True))):
         found = replace(found, lora=lora)
-    if type(trials.task) in OUR_TASKS:
+    if type(trials.task) in ROWWISE_TASKS and type(trials.task) is not FunctionTask:
         head_module = found.head.module if found.head else None
         tried = [module for module in last_modules(model, run) if module is not head_module]
         narrowed = find_narrowed(tried, lambda modules: trials.agree_narrowed(found, modules))
         found = replace(found, last=NarrowedLayers(narrowed) if narrowed else None)
-    if reads_labels_only and trials.agree_packed(packed := replace(found, packs=True)):
-        found = packed
     if trials.perturbation.most_stacked > 1:
         found = _with(trials, found, stacks=True)
     if trunk is None:

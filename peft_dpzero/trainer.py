@@ -24,6 +24,7 @@ from peft_dpzero.estimation.batching import LogicalBatches, step_loader, without
 from peft_dpzero.estimation.losses import FunctionTask, Task, infer_task
 from peft_dpzero.estimation.passes import Losses, Shortcuts
 from peft_dpzero.estimation.sampling import PoissonSampler, new_secret, seeded_secret
+from peft_dpzero.estimation.shapes import Shapes
 from peft_dpzero.guards import (
     check_arguments,
     check_collator,
@@ -32,7 +33,6 @@ from peft_dpzero.guards import (
     check_processes,
     check_weights,
     fingerprint,
-    padding_side,
 )
 from peft_dpzero.mechanism.accountant import COARSE_INTERVAL
 from peft_dpzero.mechanism.plan import PrivacyPlan
@@ -56,7 +56,7 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
     """Makes a `transformers.Trainer` subclass private: put it first among the bases.
 
     The logical batch is `per_device_train_batch_size × gradient_accumulation_steps × processes` on average;
-    about `per_device_train_batch_size` examples go through the model at once.
+    `per_device_train_batch_size` examples go through the model at once at most.
 
     Args:
         model: as for the Trainer.
@@ -64,8 +64,8 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
         dpzero_config: the mechanism and its budget.
         per_example_loss: a `Task` (for example `Verbalizer`), or a function `(outputs, labels) → (batch,)`, which
             need not be differentiable. None takes the loss of the model's class.
-        max_tokens_per_micro_batch: tokens, padding included, that go through the model at once, whatever the number of
-            examples; None allows `per_device_train_batch_size` times the longest example of a logical batch.
+        max_tokens_per_micro_batch: tokens, padding included, that go through the model at once, but for single examples
+            that are longer; None allows any number.
         kwargs: the other arguments of the Trainer.
 
     Raises:
@@ -118,7 +118,8 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
         self.task = _as_task(per_example_loss, self.model)
         self._plan: PrivacyPlan | None = None
         self._step: PrivateStep | None = None
-        self._losses: Losses | None = None
+        self._losses: Losses
+        self._shapes: Shapes
         self._streamed: frozenset[str] = frozenset()
         self._journal: Journal | None = None
         self._segments: list[JournalSegment] = []
@@ -148,7 +149,7 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
             check_weights(self.model)
             check_quantisation(self.model)
             perturbation = self._perturbation()
-            self._probe_model(perturbation)
+            self._losses, self._shapes = self._probed(perturbation)
             start = fingerprint(perturbation)
             checkpoint = self._enter_segment(perturbation, resume_from_checkpoint)
             self._step, self._weights_step = None, None
@@ -177,43 +178,59 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
         config = self.dpzero_config
         return Perturbation(self.model, config.direction_seed, config.direction_distribution, self._streamed)
 
-    def _probe_model(self, perturbation: Perturbation) -> None:
+    def _probed(self, perturbation: Perturbation) -> tuple[Losses, Shapes]:
+        """The run's losses and shapes, from trials on made-up rows with the model as the Trainer prepares it."""
         self.model.eval()
+        if not self._compiles:
+            self.accelerator.prepare_model(self.model)
         check_batch_norm(self.model)
+        units, asserted = self.logical_batch_size / self.args.world_size, self.dpzero_config.rows_asserted_independent
+        shapes = Shapes(
+            expected_rows=units * (1 if self._units is None else self._units.max_examples),
+            most_rows=self.args.per_device_train_batch_size,
+            max_length=self.dpzero_config.max_length,
+            max_tokens=self.max_tokens_per_micro_batch,
+            alone=not asserted,
+            exact=not self._compiles,
+        )
         if not Probe.suits(self.model):
-            warnings.warn("The model reads no tokens: that examples are independent was not probed.", stacklevel=3)
-            return
+            if not asserted:
+                _warn_of_single_rows("the model reads no tokens, so that nothing can be tried on made-up ones")
+            return Losses(self.model, self.task, self._prepare_inputs), shapes
         stack_4bit_products()
-        probe = self._probe(self.model)
-        probe.check_independence(perturbation)
+        probe = Probe(self.model, self.args.device, self.task, asserted)
+        shapes = probe.fit_shapes(perturbation, shapes)
+        if probe.reason is not None:
+            _warn_of_single_rows(probe.reason)
         probe.check_reach(perturbation)
-        self._losses = probe.losses(perturbation, self._prepare_inputs)
+        losses = probe.losses(perturbation, self._prepare_inputs)
         # A compiled model would be compiled again with every micro-batch.
-        if self._compiled is None and self.accelerator.state.dynamo_plugin.backend == DynamoBackend.NO:
+        if not self._compiles:
             self._streamed = perturbation.find_streamed(probe.run)
+        return losses, shapes
 
-    def _probe(self, model: nn.Module) -> Probe:
-        return Probe(model, self.args.device, padding_side(self.data_collator), self.task)
+    @property
+    def _compiles(self) -> bool:
+        return self._compiled is not None or self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
 
-    def _run_losses(self, model: nn.Module, perturbation: Perturbation) -> Losses:
-        """The probe's losses; of a compiled `model`, those of one point at a time with nothing shared."""
-        losses = self._losses or Losses(self.model, self.task, self._prepare_inputs)
-        if model is self.model:
-            return losses
+    def _compiled_losses(self, model: nn.Module, perturbation: Perturbation, losses: Losses) -> Losses:
+        """Losses of a compiled `model`: of one point at a time with nothing shared."""
         if Probe.suits(self.model):
-            check_compiled(perturbation, self._probe(self.model).run, self._probe(model).run)
+            plain, compiled = (Probe(one, self.args.device, self.task).run for one in (self.model, model))
+            check_compiled(perturbation, plain, compiled)
         return Losses(model, self.task, self._prepare_inputs, Shortcuts(head=losses.shortcuts.head))
 
     def _build_step(self, model: nn.Module) -> PrivateStep:
         plan, config = self.privacy_plan, self.dpzero_config
-        perturbation = self._perturbation()
+        model = (model if self._compiled is None else self._compiled).eval()
+        perturbation, losses = self._perturbation(), self._losses
+        if model is not self.model:
+            losses = self._compiled_losses(model, perturbation, losses)
         secret = seeded_secret(self.args.seed) if config.deterministic else new_secret()
-        model = model if self._compiled is None else self._compiled
-        losses = self._run_losses(model.eval(), perturbation)
         step = PrivateStep(
             model,
             plan,
-            self._private_batches(PoissonSampler(plan.num_units, plan.sample_rate, secret), losses.shortcuts.packs),
+            self._private_batches(PoissonSampler(plan.num_units, plan.sample_rate, secret), self._shapes),
             losses,
             perturbation,
             self._dpzero_optimizer,
@@ -225,7 +242,7 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
         self._private_losses = {done: loss for done, loss in released.items() if loss is not None}
         return step
 
-    def _private_batches(self, sampler: PoissonSampler, packed: bool) -> LogicalBatches:
+    def _private_batches(self, sampler: PoissonSampler, shapes: Shapes) -> LogicalBatches:
         dataset, collate = self.train_dataset, self.data_collator
         if (unit := self.dpzero_config.privacy_unit) is not None:
             collate = without_column(collate, unit)
@@ -234,15 +251,7 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
         else:
             collate = self._get_collator_with_removed_columns(collate, description="training")
         return LogicalBatches(
-            dataset,
-            sampler,
-            collate,
-            self.args.per_device_train_batch_size,
-            self.args.process_index,
-            self.args.world_size,
-            self._units,
-            self.max_tokens_per_micro_batch,
-            packed,
+            dataset, sampler, collate, shapes, self.args.process_index, self.args.world_size, self._units
         )
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -335,6 +344,14 @@ def _as_task(loss: Task | Callable[[Any, Tensor], Tensor] | None, model: nn.Modu
     if loss is None:
         return infer_task(model)
     return loss if isinstance(loss, Task) else FunctionTask(loss)
+
+
+def _warn_of_single_rows(reason: str) -> None:
+    warnings.warn(
+        f"Rows go through the model one at a time, which takes longer: {reason}. If you can vouch that no row's loss "
+        "depends on the rows beside it, set rows_asserted_independent=True; the privacy record will say so.",
+        stacklevel=4,
+    )
 
 
 def _as_dpzero_optimizer(optimizer: Any) -> DPZeroOptimizer:

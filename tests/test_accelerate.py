@@ -24,6 +24,7 @@ from peft_dpzero import (
     Perturbation,
     PoissonSampler,
     PrivateStep,
+    Shapes,
     infer_task,
     make_plan,
     new_secret,
@@ -165,7 +166,7 @@ def private_step(world_size: int, accelerator: Accelerator | None) -> PrivateSte
     model = distributed_run.lora_model(seed=0)
     plan = make_plan(DPZeroConfig(noise_multiplier=1.0, target_delta=1e-3), 64, 8, 3)
     sampler = PoissonSampler(64, plan.sample_rate, new_secret())
-    batches = LogicalBatches(tiny_dataset("classifier"), sampler, list, 4, 0, world_size)
+    batches = LogicalBatches(tiny_dataset("classifier"), sampler, list, Shapes(8, 4), 0, world_size)
     perturbation = Perturbation(model)
     optimizer = DPZeroOptimizer(perturbation.parameters.values())
     losses = Losses(model, infer_task(model), dict)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from peft import LoraConfig, get_peft_model
-from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer, LogicalBatches, PoissonSampler, new_secret
+from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer, LogicalBatches, PoissonSampler, Shapes, new_secret
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
-from tiny import arguments, tiny_dataset, tiny_model
+from tiny import arguments, drawn_values, tiny_dataset, tiny_model
 
 Kind = type[Trainer]
 PUBLIC_LOGS = {
@@ -44,32 +44,33 @@ SEED = 271828
 
 
 class Watched(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """A data set that notes which rows were read together."""
+    """A data set that notes which rows were read."""
 
     def __init__(self, count: int = 32) -> None:
         self.rows = list(tiny_dataset("classifier", count))
-        self.batches: list[list[int]] = []
+        self.read: list[int] = []
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Any:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: list[int]) -> list[Any]:
-        self.batches.append(list(indices))
-        return [self.rows[i] for i in indices]
+        self.read.append(index)
+        return self.rows[index]
 
 
 class Pace(TrainerCallback):
-    """Notes how many batches had been read at the end of each step."""
+    """Notes how many rows had been read at the start and at the end of each step."""
 
     def __init__(self, data: Watched) -> None:
         self.data = data
-        self.read: list[int] = []
+        self.starts: list[int] = []
+        self.ends: list[int] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.starts.append(len(self.data.read))
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.read.append(len(self.data.batches))
+        self.ends.append(len(self.data.read))
 
 
 @dataclass
@@ -80,8 +81,9 @@ class Run:
     trainer: Any
     output: Any
     console: str
-    batches: list[list[int]]
     read: list[int]
+    starts: list[int]
+    ends: list[int]
 
 
 def adapter() -> Any:
@@ -112,7 +114,7 @@ def finished(kind: Kind, folder: Path, capsys: pytest.CaptureFixture[str]) -> Ru
     output = trainer.train()
     trainer.save_model()
     trainer.create_model_card()
-    return Run(folder, trainer, output, capsys.readouterr().out, data.batches, pace.read)
+    return Run(folder, trainer, output, capsys.readouterr().out, data.read, pace.starts, pace.ends)
 
 
 def loss_in_logs(run: Run) -> bool:
@@ -166,17 +168,16 @@ def more_than_the_release(run: Run) -> bool:
 
 
 def fixed_batch_sizes(run: Run) -> bool:
-    return len({len(batch) for batch in run.batches}) == 1
+    return all(read % 4 == 0 for read in run.ends)
 
 
 def everyone_once_an_epoch(run: Run) -> bool:
-    epoch = [index for batch in run.batches[:8] for index in batch]
-    return sorted(epoch) == list(range(32))
+    return sorted(run.read[:32]) == list(range(32))
 
 
 def reading_ahead(run: Run) -> bool:
-    assert len(run.read) == 24
-    return any(read > step for step, read in enumerate(run.read, start=1))
+    assert len(run.ends) == 24
+    return run.starts != [0, *run.ends[:-1]]
 
 
 def restored_randomness(run: Run) -> bool:
@@ -184,7 +185,7 @@ def restored_randomness(run: Run) -> bool:
     checkpoint = run.folder.with_name(f"{run.folder.name}-state")
     checkpoint.mkdir()
     Trainer._save_rng_state(run.trainer, str(checkpoint))
-    assert random_state(Run(checkpoint, None, None, "", [], []))
+    assert random_state(Run(checkpoint, None, None, "", [], [], []))
     torch.manual_seed(1)
     before = torch.get_rng_state()
     run.trainer._load_rng_state(str(checkpoint))
@@ -234,7 +235,7 @@ def fixed_seeds_repeat_the_batches(kind: Kind, folder: Path) -> bool:
     for i in range(2):
         data = Watched()
         build(kind, folder / str(i), data, max_steps=8, seed=SEED, data_seed=SEED).train()
-        seen.append(data.batches)
+        seen.append(data.read)
     return seen[0] == seen[1]
 
 
@@ -307,13 +308,14 @@ def empty_batch_stops_it(kind: Kind, folder: Path) -> bool:
         trainer = build(PoissonSampled, folder, tiny_dataset("classifier"))
     else:
         # A step is empty with probability 0.36: 60 are not all filled but for a chance of 1e-12.
-        trainer = build(kind, folder, data := Watched(64), max_steps=60, per_device_train_batch_size=1)
+        pace = Pace(data := Watched(64))
+        trainer = build(kind, folder, data, max_steps=60, per_device_train_batch_size=1, callbacks=[pace])
     try:
         done = trainer.train().global_step
     except IndexError:
         return True
     if kind is DPZeroTrainer:
-        assert len(data.batches) < done == len((folder / "dpzero_journal").read_text().splitlines()) - 1
+        assert len(set(pace.ends)) < done == len((folder / "dpzero_journal").read_text().splitlines()) - 1
     return False
 
 
@@ -326,8 +328,9 @@ def examples_counted_twice(kind: Kind, folder: Path) -> bool:
         seen = [i for shard in shards for batch in shard for i in batch]
     else:
         sampler = PoissonSampler(len(data), 1.0, new_secret())
-        ranks = [LogicalBatches(data, sampler, lambda rows: {"rows": rows}, 2, rank, 3) for rank in range(3)]
-        seen = [i for rank in ranks for batch in rank.draw(0).micro_batches for i in batch["rows"]]
+        made = data, sampler, lambda rows: {"row": torch.tensor(rows)}, Shapes(expected_rows=4, most_rows=2)
+        ranks = [LogicalBatches(*made, rank, 3) for rank in range(3)]
+        seen = [row for rank in ranks for row in drawn_values(rank.draw(0), "row")]
     assert set(seen) == set(data)
     return len(seen) > len(set(seen))
 

@@ -85,7 +85,7 @@ def test_rows_go_through_the_model_a_micro_batch_at_a_time(tmp_path: Path) -> No
 
     run.add_callback(Watch())
     run.train()
-    # So few tokens meet both sides of both directions in one pass.
+    # Rows of 8 tokens are padded to 16, 8 of which meet both sides of both directions in one pass.
     assert sizes == [8] * (64 // 8) * 2
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft_dpzero.estimation.batching import LogicalBatch
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -102,3 +103,9 @@ def arguments(output_dir: Path, **changes: Any) -> TrainingArguments:
         "use_cpu": True,
     }
     return TrainingArguments(str(output_dir), **(settings | changes))
+
+
+def drawn_values(batch: LogicalBatch, key: str) -> list[Any]:
+    """What the data's rows hold under `key`, in the micro-batches' order, made-up rows left out."""
+    each = zip(batch.micro_batches, batch.counts, strict=True)
+    return [value for micro_batch, count in each for value in micro_batch[key][:count].tolist()]

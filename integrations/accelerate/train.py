@@ -72,10 +72,10 @@ def main() -> None:
     sampler = dpzero.PoissonSampler(plan.num_units, plan.sample_rate, dpzero.new_secret())
     perturbation = dpzero.Perturbation(model, config.direction_seed, config.direction_distribution)
     probe = dpzero.Probe(model.eval(), accelerator.device, task=dpzero.infer_task(model))
-    probe.check_independence(perturbation)
+    shapes = probe.fit_shapes(perturbation, dpzero.Shapes(BATCH / accelerator.num_processes, most_rows=64))
     losses = probe.losses(perturbation, partial(send_to_device, device=accelerator.device))
     shard = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    batches = dpzero.LogicalBatches(train_rows, sampler, collate, 64, **shard, packed=losses.shortcuts.packs)
+    batches = dpzero.LogicalBatches(train_rows, sampler, collate, shapes, **shard)
     optimizer = dpzero.DPZeroOptimizer(perturbation.parameters.values(), lr=3.0)
     scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=plan.steps)
 

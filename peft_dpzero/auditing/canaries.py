@@ -9,7 +9,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.estimation.losses import IGNORE
+from peft_dpzero.estimation.shapes import IGNORE
 
 # Rows that canaries are modelled on.
 _MODELS = 64

@@ -13,16 +13,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from peft_dpzero.auditing.bounds import epsilon_lower_bound
 from peft_dpzero.auditing.canaries import CanaryData, Row, random_canaries
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.estimation.batching import LogicalBatch
+from peft_dpzero.estimation.batching import LogicalBatches
 from peft_dpzero.estimation.differences import estimate_differences
 from peft_dpzero.estimation.passes import Losses
+from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
 from peft_dpzero.mechanism.clipping import clip, normalised
 from peft_dpzero.mechanism.private_sum import Released
 from peft_dpzero.perturbation import Perturbation
@@ -167,11 +167,12 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         """The canaries' clipped differences: (m, K) float64."""
         trainer, config = self.trainer, self.trainer.dpzero_config
         collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
-        size = trainer.args.per_device_train_batch_size
-        batches = [collate(self.canaries[i : i + size]) for i in range(0, len(self.canaries), size)]
+        everybody = PoissonSampler(len(self.canaries), 1.0, new_secret())
+        assert trainer._step is not None
+        batches = LogicalBatches(list(self.canaries), everybody, collate, trainer._step.batches.shapes)  # type: ignore[arg-type]
         differences = estimate_differences(
             Losses(trainer.model, trainer.task, trainer._prepare_inputs),
-            LogicalBatch(batches, torch.arange(len(self.canaries)), len(self.canaries)),
+            batches.draw(step),
             perturbation,
             step=step,
             num_directions=config.num_directions,

@@ -1,9 +1,9 @@
-"""From a step's logical batch to this process's collated micro-batches."""
+"""From a step's logical batch to this process's micro-batches."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,14 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from peft_dpzero.estimation.packing import packs_well
 from peft_dpzero.estimation.sampling import PoissonSampler
+from peft_dpzero.estimation.shapes import Row, Shapes, as_row, stacked_rows
 from peft_dpzero.estimation.units import Units
 
 Collator = Callable[[list[Any]], dict[str, Any]]
-
-# What a pass costs besides its tokens, in tokens: an estimate that suits small models on a CPU.
-PASS_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -28,12 +25,15 @@ class LogicalBatch:
     """One process's share of a step's batch.
 
     Attributes:
-        micro_batches: collated rows, each set small enough to go through the model at once.
-        owners: for each row, in the micro-batches' order, the number of its unit in this share: (rows,) int64.
+        micro_batches: rows of one shape each, as many as the shape has.
+        counts: how many of a micro-batch's rows are the data's; those after them are made up.
+        owners: for each row of the data, in the micro-batches' order, the number of its unit in this share: (rows,)
+            int64. A unit may have none.
         num_units: units in this share.
     """
 
     micro_batches: Sequence[dict[str, Any]] = ()
+    counts: Sequence[int] = ()
     owners: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     num_units: int = 0
 
@@ -41,24 +41,20 @@ class LogicalBatch:
 class LogicalBatches:
     """The run's private batches, drawn by step number.
 
-    Every process draws the same logical batch and keeps each `world_size`-th unit of it. Rows are independent, so
-    they are sorted by length before they are cut into micro-batches, and columns that are padding in every row are
-    cut off: what goes through the model is hardly more than the tokens that count. If rows are packed into lines, each
-    micro-batch takes its share of short and long ones instead. Transforms and collators that
-    draw at random (masking) do so from the run's secret: under a seed that is known, one example's presence would
-    change every other's masks.
+    Every process draws the same logical batch and keeps its share of the units. Rows are fetched, collated and padded
+    one at a time, so that nothing about a row depends on another (`shapes.py`). Transforms and collators that draw at
+    random (masking) do so from the run's secret, each unit from a seed of its own.
+
+    A row that is None is nobody's, and one longer than `shapes.max_length` counts as none.
 
     Args:
         dataset: map-style training data.
         sampler: the run's sampler, over privacy units.
-        collate: rows → micro-batch.
-        micro_batch_size: rows of the longest length that go through the model at once; of shorter ones, as many as
-            make as many tokens.
+        collate: makes a micro-batch (1, …) of a list of one row.
+        shapes: how rows are padded and how many share a pass, from `Probe.shapes`.
         rank: this process among all.
         world_size: how many processes there are.
         units: the rows of each unit; None makes each row a unit.
-        max_tokens: tokens, padding included, that go through the model at once; None derives it as above.
-        packed: whether the model takes rows in lines, without padding (`packing.py`).
     """
 
     def __init__(
@@ -66,20 +62,16 @@ class LogicalBatches:
         dataset: Dataset[Any],
         sampler: PoissonSampler,
         collate: Collator,
-        micro_batch_size: int,
+        shapes: Shapes,
         rank: int = 0,
         world_size: int = 1,
         units: Units | None = None,
-        max_tokens: int | None = None,
-        packed: bool = False,
     ) -> None:
         self._dataset = dataset
         self._sampler = sampler
         self._collate = collate
         self._units = units
-        self.micro_batch_size = micro_batch_size
-        self.max_tokens = max_tokens
-        self.packed = packed
+        self.shapes = shapes
         self.rank = rank
         self.world_size = world_size
 
@@ -88,99 +80,38 @@ class LogicalBatches:
         self._sampler.share_key(broadcast)
 
     def draw(self, step: int) -> LogicalBatch:
-        """This process's share of the batch of `step`, without rows if no unit of its share was drawn."""
-        drawn = self._sampler.draw(step)[self.rank :: self.world_size]
-        if not drawn.size:
-            return LogicalBatch()
-        seed = self._sampler.generator_seed(step, self.rank)
-        with _generators_seeded(seed):
-            chosen = self._choose(drawn, np.random.default_rng(np.frombuffer(seed, dtype="<u4")))
-            owners = np.repeat(np.arange(len(chosen)), [len(rows) for rows in chosen])
-            rows = self._rows(np.concatenate(chosen).tolist())
-            parts = self._parts(np.array([_length(row) for row in rows]))
-            micro_batches = [trimmed(self._collate([rows[i] for i in part])) for part in parts]
-        return LogicalBatch(micro_batches, torch.from_numpy(owners[np.concatenate(parts)]), len(chosen))
+        """This process's share of the batch of `step`."""
+        drawn = self._sampler.draw(step, self.rank, self.world_size)
+        groups: dict[Hashable, list[tuple[int, Row]]] = {}
+        for owner, unit in enumerate(drawn.tolist()):
+            with _generators_seeded(seed := self._sampler.unit_seed(step, unit)):
+                for row in self._rows(unit, np.random.default_rng(np.frombuffer(seed, dtype="<u4"))):
+                    groups.setdefault(self.shapes.key(row), []).append((owner, row))
+        micro_batches, counts, owners = [], [], []
+        for group in (groups[key] for key in sorted(groups, key=lambda key: (_size(groups[key][0][1]), repr(key)))):
+            size = self.shapes.rows_like(group[0][1])
+            for start in range(0, len(group), size):
+                part = group[start : start + size]
+                rows = [row for _, row in part]
+                micro_batches.append(stacked_rows(rows + [self.shapes.made_up(rows[0])] * (size - len(rows))))
+                counts.append(len(rows))
+                owners += [owner for owner, _ in part]
+        return LogicalBatch(micro_batches, counts, torch.tensor(owners, dtype=torch.int64), len(drawn))
 
-    def _choose(self, drawn: np.ndarray, generator: np.random.Generator) -> list[np.ndarray]:
-        if self._units is None:
-            return [np.array([unit]) for unit in drawn]
-        return [self._units.choose(int(unit), generator) for unit in drawn]
-
-    def _parts(self, lengths: np.ndarray) -> list[np.ndarray]:
-        """The rows of each micro-batch, by index into `lengths`."""
-        order = np.argsort(lengths, kind="stable")
-        longest = int(lengths[order[-1]])
-        if not longest:
-            return np.split(order, range(self.micro_batch_size, len(order), self.micro_batch_size))
-        budget = self.max_tokens or self.micro_batch_size * longest
-        if self.packed and packs_well(lengths):
-            return dealt_parts(lengths, order, budget)
-        return np.split(order, np.cumsum(cheapest_parts(lengths[order], budget))[:-1])
-
-    def _rows(self, indices: Sequence[int]) -> list[Any]:
-        if hasattr(self._dataset, "__getitems__"):
-            return list(self._dataset.__getitems__(list(indices)))
-        return [self._dataset[i] for i in indices]
+    def _rows(self, unit: int, generator: np.random.Generator) -> Iterator[Row]:
+        """The padded rows of a unit that take part."""
+        indices = [unit] if self._units is None else self._units.choose(unit, generator).tolist()
+        for index in indices:
+            example = self._dataset[index]
+            if example is None:
+                continue
+            row = as_row(self._collate([example]))
+            if self.shapes.fits(row):
+                yield self.shapes.padded(row)
 
 
-def dealt_parts(lengths: np.ndarray, order: np.ndarray, budget: int) -> list[np.ndarray]:
-    """As few parts as keep the budget, rows dealt out in turn so that each has short and long ones.
-
-    Args:
-        lengths: (n,) int64.
-        order: (n,) indices by which `lengths` ascend.
-        budget: tokens of a part at most, unless it is a single row.
-    """
-    for count in range(max(1, -(-int(lengths.sum()) // budget)), len(order)):
-        parts = [order[number::count] for number in range(count)]
-        if max(int(lengths[part].sum()) for part in parts) <= budget:
-            return parts
-    return [order[number : number + 1] for number in range(len(order))]
-
-
-def cheapest_parts(lengths: np.ndarray, budget: int) -> list[int]:
-    """Sizes of the consecutive parts that cost least: padded tokens, and `PASS_TOKENS` a part.
-
-    Args:
-        lengths: (n,) int64, ascending.
-        budget: padded tokens of a part at most, unless it is a single row.
-    """
-    least = np.zeros(len(lengths) + 1)
-    start = np.zeros(len(lengths) + 1, dtype=np.int64)
-    for end, length in enumerate(lengths, start=1):
-        first = max(0, min(end - 1, end - budget // max(int(length), 1)))
-        starts = np.arange(first, end)
-        costs = least[first:end] + PASS_TOKENS + (end - starts) * length
-        start[end] = first + int(np.argmin(costs))
-        least[end] = costs[start[end] - first]
-    sizes: list[int] = []
-    end = len(lengths)
-    while end:
-        sizes.append(end - int(start[end]))
-        end = int(start[end])
-    return sizes[::-1]
-
-
-def trimmed(batch: dict[str, Any]) -> dict[str, Any]:
-    """`batch` without the leading and trailing columns that are padding in every row.
-
-    A column is cut from every (b, l) tensor if no row attends to it and no row has a label there.
-    """
-    mask = batch.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or "decoder_input_ids" in batch:
-        return batch
-    used = mask.bool().any(dim=0)
-    labels = batch.get("labels")
-    if isinstance(labels, Tensor) and labels.shape == mask.shape:
-        used = used | (labels != -100).any(dim=0)
-    columns = used.nonzero().flatten()
-    if not len(columns) or len(columns) == mask.shape[1]:
-        return batch
-    kept = slice(int(columns[0]), int(columns[-1]) + 1)
-    return {
-        key: value[:, kept] if isinstance(value, Tensor) and value.shape == mask.shape else value
-        for key, value in batch.items()
-    }
+def _size(row: Row) -> int:
+    return max((value.numel() for value in row.values() if isinstance(value, Tensor)), default=0)
 
 
 def without_column(collate: Collator, column: str) -> Collator:
@@ -206,14 +137,6 @@ def _generators_seeded(seed: bytes) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy_)
-
-
-def _length(row: Any) -> int:
-    """The tokens that a row attends to; 0 if it holds none."""
-    ids, mask = (row.get("input_ids"), row.get("attention_mask")) if isinstance(row, dict) else (None, None)
-    if mask is not None and ids is not None and len(mask) == len(ids):
-        return int(np.count_nonzero(mask))
-    return len(ids) if ids is not None else 0
 
 
 class _StepNumbers(Dataset[None]):

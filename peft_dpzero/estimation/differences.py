@@ -28,21 +28,29 @@ def estimate_differences(
     """d_ik = (ℓ_i(θ+λz_k) − ℓ_i(θ−λz_k)) / 2λ, or (ℓ_i(θ+λz_k) − ℓ_i(θ)) / λ for forward differences.
 
     Returns: the differences (n, K) and losses (n,) of this process's units, float64, sealed. A unit's are the means
-    over its rows.
+    over its rows, NaN if it has none.
     """
     if not batch.micro_batches:
-        return PrivateDifferences(torch.zeros(0, num_directions, dtype=torch.float64))
+        nothing = torch.full((batch.num_units, num_directions), torch.nan, dtype=torch.float64)
+        return PrivateDifferences(nothing, nothing[:, 0])
     scale = smoothing_parameter
     if difference == "forward":
         points = [(0, 0.0), *((k, scale) for k in range(num_directions))]
-        values = losses_at(losses, batch.micro_batches, perturbation, step, points)  # [1 + K, rows]
-        columns, level = (values[1:] - values[0]) / scale, values[0]
     else:
         points = [(k, side * scale) for k in range(num_directions) for side in (1, -1)]
-        values = losses_at(losses, batch.micro_batches, perturbation, step, points)  # [2K, rows]
-        columns, level = (values[0::2] - values[1::2]) / (2 * scale), values.mean(dim=0)
+    columns, levels = [], []
+    for values, count in zip(
+        losses_at(losses, batch.micro_batches, perturbation, step, points), batch.counts, strict=True
+    ):
+        # Made-up rows go last, when no number of rows can matter any more.
+        if difference == "forward":
+            rows, level = (values[1:] - values[0]) / scale, values[0]
+        else:
+            rows, level = (values[0::2] - values[1::2]) / (2 * scale), values.mean(dim=0)
+        columns.append(rows.T[:count])
+        levels.append(level[:count])
     mean = partial(_mean_by_owner, owners=batch.owners, num_units=batch.num_units)
-    return PrivateDifferences(mean(columns.T.contiguous()), mean(level))
+    return PrivateDifferences(mean(torch.cat(columns)), mean(torch.cat(levels)))
 
 
 def losses_at(
@@ -51,21 +59,22 @@ def losses_at(
     perturbation: Perturbation,
     step: int,
     points: Sequence[Point],
-) -> Tensor:
-    """Losses of all rows at all points: (points, rows) float64, on the CPU."""
+) -> list[Tensor]:
+    """Losses of each micro-batch's rows at all points: (points, b) float64 each, on the CPU."""
     if not losses.shortcuts.stacks and losses.shortcuts.trunk is None:
         # A point meets all micro-batches, so that parameters are perturbed least often.
         placed = [losses.place(one) for one in micro_batches]
-        return torch.stack([_at_point(losses, placed, perturbation, step, point) for point in points])
+        made = [_at_point(losses, placed, perturbation, step, point) for point in points]
+        return [torch.stack(each) for each in zip(*made, strict=True)]
     # A micro-batch meets all points, so that they share what none of them changes.
-    return torch.cat([_at_points(losses, one, perturbation, step, points) for one in micro_batches], dim=1)
+    return [_at_points(losses, one, perturbation, step, points) for one in micro_batches]
 
 
 def _at_point(
     losses: Losses, placed: Sequence[MicroBatch], perturbation: Perturbation, step: int, point: Point
-) -> Tensor:
+) -> list[Tensor]:
     with perturbation.at(step, *point):
-        return torch.cat([losses(one) for one in placed])
+        return [losses(one) for one in placed]
 
 
 def _at_points(
@@ -74,15 +83,24 @@ def _at_points(
     placed = losses.place(micro_batch)
     together = min(losses.points_at_once(placed), perturbation.most_stacked)
     trunk = losses.shortcuts.trunk
-    with trunk.shared() if trunk else nullcontext():
-        if together < 2:
-            return torch.stack([_at_point(losses, [placed], perturbation, step, point) for point in points])
-        chunks = [points[i : i + together] for i in range(0, len(points), together)]
-        return torch.cat([losses.stacked(placed, perturbation.stacked(step, chunk)) for chunk in chunks])
+    made: list[Tensor] = []
+    with trunk.shared() if trunk else nullcontext(_nothing) as restart:
+        for start in range(0, len(points), max(together, 1)):
+            restart()
+            chunk = points[start : start + max(together, 1)]
+            if together < 2:
+                made += _at_point(losses, [placed], perturbation, step, chunk[0])
+            else:
+                made += losses.stacked(placed, perturbation.stacked(step, chunk))
+    return torch.stack(made)
+
+
+def _nothing() -> None:
+    """No trunk is there to restart."""
 
 
 def _mean_by_owner(rows: Tensor, owners: Tensor, num_units: int) -> Tensor:
-    """Means of `rows` (r, …) over the rows of each unit: (num_units, …)."""
+    """Means of `rows` (r, …) over the rows of each unit: (num_units, …), NaN for a unit without rows."""
     counts = torch.bincount(owners, minlength=num_units).to(rows.dtype)
     totals = rows.new_zeros(num_units, *rows.shape[1:]).index_add(0, owners, rows)
     return totals / counts.view(-1, *(1,) * (rows.ndim - 1))

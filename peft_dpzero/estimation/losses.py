@@ -1,11 +1,14 @@
 """Per-example losses: a task turns model outputs into one float32 loss an example.
 
 Shapes: b examples, l tokens, v vocabulary, c classes. Losses are computed from float32 logits whatever the
-model's dtype (float64 stays float64): in half precision the difference of two losses is mostly rounding.
+model's dtype (float64 stays float64): in half precision the difference of two losses is mostly rounding. How many
+numbers an operation works on at once follows from a batch's shape, never from what is in it: a row's loss would else
+be rounded as other rows decide.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.auto import modeling_auto as auto
+from transformers.utils import ModelOutput
 
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.logits import CHUNK_ENTRIES, FullLogits, Logits
+from peft_dpzero.estimation.shapes import IGNORE
 
-IGNORE = -100
 Batch = Mapping[str, Any]
 LossFunction = Callable[[Any, Tensor], Tensor]
 
@@ -46,8 +50,14 @@ class Task:
     """How a model's inputs are made from a batch and its losses read from the outputs.
 
     Subclasses override what differs: `inputs` (batch → forward arguments), `losses` (outputs, batch → (b,)) and
-    `predictions` (outputs, batch → what `compute_metrics` sees).
+    `predictions` (outputs, batch → what `compute_metrics` sees). The rows of a task that is not this package's go
+    through the model one at a time.
+
+    Attributes:
+        token_labels: whether labels belong to tokens, (b, l); None tells by their shape.
     """
+
+    token_labels: bool | None = None
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Forward arguments: the batch without labels, so that the model computes no loss of its own."""
@@ -87,17 +97,24 @@ class TokenTask(LabelPositionTask):
         shift: 1 if the logits at t predict the label at t + 1 (causal LM), else 0 (masked LM, tagging).
     """
 
+    token_labels = True
+
     def __init__(self, shift: int = 0) -> None:
         self.shift = shift
 
     def losses_from(self, logits: Logits, batch: Batch) -> Tensor:
         labels = labels_of(batch)  # [b, l]
+        b, length = labels.shape
+        extra = logits.length - length
         example, position = self.positions(batch, logits.length)
-        targets = labels[example, position + self.shift - (logits.length - labels.shape[1])]
-        nll = cross_entropy_at(logits, example, position, targets)
-        total = nll.new_zeros(labels.shape[0]).index_add(0, example, nll)
-        count = torch.bincount(example, minlength=labels.shape[0]).clamp(min=1)
-        return total / count
+        # Several rows' labels are read in pieces of one size, of which the last repeats row 0's first position.
+        lacking = -len(example) % _positions_at_once(logits.vocabulary, b * length) if b > 1 else 0
+        row, column = F.pad(example, (0, lacking)), F.pad(position, (0, lacking), value=extra)
+        targets = labels[row, column + self.shift - extra].clamp(min=0)
+        nll = cross_entropy_at(logits, row, column, targets, b * length)[: len(example)]
+        each = nll.new_zeros(b * length).scatter(0, example * length + position - extra, nll).view(b, length)
+        count = self._counted(labels, batch).sum(dim=1).clamp(min=1)
+        return each.sum(dim=1) / count
 
     def positions(self, batch: Batch, length: int) -> tuple[Tensor, Tensor]:
         labels = labels_of(batch)
@@ -132,6 +149,8 @@ class ClassificationTask(Task):
             regression, integer labels are single-label, float labels multi-label).
     """
 
+    token_labels = False
+
     def __init__(self, problem_type: str | None = None) -> None:
         self.problem_type = problem_type
 
@@ -161,18 +180,53 @@ class ClassificationTask(Task):
 
 
 class FunctionTask(Task):
-    """A user's `(outputs, labels) → (b,)`; it need not be differentiable."""
+    """A user's `(outputs, labels) → (b,)`; it need not be differentiable. It sees one row at a time, so b is 1."""
 
     def __init__(self, function: LossFunction) -> None:
         self.function = function
 
     def losses(self, outputs: Any, batch: Batch) -> Tensor:
-        return widened(torch.as_tensor(self.function(outputs, labels_of(batch))))
+        labels = labels_of(batch)
+        return torch.cat([self._loss(_row_of(outputs, i, len(labels)), labels[i : i + 1]) for i in range(len(labels))])
+
+    def _loss(self, outputs: Any, labels: Tensor) -> Tensor:
+        loss = widened(torch.as_tensor(self.function(outputs, labels)))
+        if loss.shape != (1,):
+            raise DPZeroError(
+                f"per_example_loss returned shape {tuple(loss.shape)} for one row and must return (1,): one loss for "
+                "each row that it is given, not averaged over the batch."
+            )
+        return loss
 
 
-def cross_entropy_at(logits: Logits, row: Tensor, position: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of the logits at (row, position) against `targets`, all (n,): (n,), widened in chunks."""
-    step = max(1, CHUNK_ENTRIES // logits.vocabulary)
+def _row_of(outputs: Any, row: int, count: int) -> Any:
+    """What belongs to one of `count` rows in a model's outputs; what does not lie row by row is left out."""
+
+    def part(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[row : row + 1] if value.ndim and value.shape[0] == count else None
+        return tuple(map(part, value)) if isinstance(value, (tuple, list)) else None
+
+    if isinstance(outputs, ModelOutput):
+        return type(outputs)(**{key: part(value) for key, value in outputs.items()})
+    if hasattr(outputs, "__dict__") and not isinstance(outputs, Tensor):
+        parts = copy.copy(outputs)
+        vars(parts).update({key: part(value) for key, value in vars(outputs).items()})
+        return parts
+    return part(outputs)
+
+
+def _positions_at_once(vocabulary: int, available: int) -> int:
+    return max(1, min(CHUNK_ENTRIES // vocabulary, available))
+
+
+def cross_entropy_at(logits: Logits, row: Tensor, position: Tensor, targets: Tensor, available: int) -> Tensor:
+    """Cross-entropy of the logits at (row, position) against `targets`, all (n,): (n,), widened in pieces.
+
+    Args:
+        available: how many positions there are; a piece has no more, and no more than `CHUNK_ENTRIES` logits.
+    """
+    step = _positions_at_once(logits.vocabulary, available)
     pieces = [
         F.cross_entropy(
             widened(logits.at(row[i : i + step], position[i : i + step])), targets[i : i + step], reduction="none"

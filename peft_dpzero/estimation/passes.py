@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.estimation.logits import FullLogits, HiddenLogits, Logits, OutputHead
-from peft_dpzero.estimation.losses import LabelPositionTask, Task
+from peft_dpzero.estimation.logits import HiddenLogits, Logits, OutputHead
+from peft_dpzero.estimation.losses import LabelPositionTask, Task, TokenTask, labels_of
 from peft_dpzero.estimation.merging import MergedLora
-from peft_dpzero.estimation.narrowing import NarrowedLayers, Positions
-from peft_dpzero.estimation.packing import Layout, PackedLogits, packable
+from peft_dpzero.estimation.narrowing import NarrowedLayers
+from peft_dpzero.estimation.state import KeptState
 from peft_dpzero.estimation.trunk import SharedTrunk
 
 MicroBatch = Mapping[str, Any]
@@ -42,9 +42,8 @@ class Shortcuts:
 
     Attributes:
         trunk: activations that no direction changes are computed once a micro-batch.
-        head: logits are made at label positions only. For tasks that read nothing else, as are packed lines.
+        head: logits are made at label positions only. For tasks that read nothing else.
         lora: LoRA layers run as one product.
-        packs: rows lie one after another in lines, so that there is no padding.
         last: the last layers run at the positions only that losses read.
         stacks: several points θ + s·z go through the model in one pass, a copy of the activations each from the first
             perturbed parameter on, so that frozen weights are read once.
@@ -53,7 +52,6 @@ class Shortcuts:
     trunk: SharedTrunk | None = None
     head: OutputHead | None = None
     lora: MergedLora | None = None
-    packs: bool = False
     last: NarrowedLayers | None = None
     stacks: bool = False
 
@@ -83,13 +81,13 @@ class Losses:
         self.place = place
         self.shortcuts = shortcuts
         self._offloaded = any(parameter.is_meta for parameter in model.parameters())
-        self._laid: tuple[MicroBatch, Layout | None] | None = None
         self._settings = {"use_cache": False} if _takes_use_cache(model) else {}
+        self._state = KeptState(model)
 
     @torch.no_grad()
     def __call__(self, batch: MicroBatch) -> Tensor:
         """Losses of one micro-batch on its device, at the model's parameters: (b,) float64, on the CPU."""
-        with self.shortcuts.lora.merged() if self.shortcuts.lora else nullcontext():
+        with self._state.kept(), self.shortcuts.lora.merged() if self.shortcuts.lora else nullcontext():
             return self._losses(batch).to("cpu", torch.float64)
 
     @torch.no_grad()
@@ -104,7 +102,7 @@ class Losses:
         """
         whole = _Pass(self.model, self._losses)
         values = {f"model.{name}": value for name, value in parameters.items()}
-        with warnings.catch_warnings():
+        with self._state.kept(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*batching rule.*")
             losses = vmap(lambda point: functional_call(whole, point, (batch,)))(values)
         return torch.as_tensor(losses).to("cpu", torch.float64)
@@ -124,14 +122,13 @@ class Losses:
 
     def _losses(self, batch: MicroBatch) -> Tensor:
         inputs = {**self.task.inputs(batch), **self._settings}
-        layout = self._layout(batch, inputs) if self.shortcuts.packs else None
         last = self.shortcuts.last
-        with last.narrowed(self._positions(batch, inputs, layout)) if last else nullcontext():
-            if layout is None and self.shortcuts.head is None:
+        with last.narrowed(partial(self._positions, batch)) if last else nullcontext():
+            if self.shortcuts.head is None:
                 losses = self.task.losses(self.model(**inputs), batch)
             else:
                 assert isinstance(self.task, LabelPositionTask)
-                losses = self.task.losses_from(self._logits(inputs, layout), batch)
+                losses = self.task.losses_from(self._logits(inputs, self.shortcuts.head), batch)
         if losses.ndim != 1:
             raise DPZeroError(
                 f"The per-example loss has {losses.ndim} dimensions and must have one, (batch,): it must not be "
@@ -139,28 +136,16 @@ class Losses:
             )
         return losses
 
-    def _logits(self, inputs: dict[str, Any], layout: Layout | None) -> Logits:
-        if layout is not None:
-            lines = self._logits(layout.packed(inputs), None)
-            return PackedLogits(lines, layout, inputs["input_ids"].shape[1])
-        head = self.shortcuts.head
-        if head is None:
-            return FullLogits(self.model(**inputs).logits)
+    def _logits(self, inputs: dict[str, Any], head: OutputHead) -> Logits:
         with head.held_back() as hidden:
             self.model(**inputs)
         return HiddenLogits(hidden[-1], head)
 
-    def _positions(self, batch: MicroBatch, inputs: dict[str, Any], layout: Layout | None) -> Positions:
-        """Where losses read in a pass."""
-        if layout is None:
-            return partial(self.task.positions, batch)
-        read = self.task.positions(batch, inputs["input_ids"].shape[1])
-        return lambda length: None if read is None else layout.places(*read)
-
-    def _layout(self, batch: MicroBatch, inputs: dict[str, Any]) -> Layout | None:
-        if self._laid is None or self._laid[0] is not batch:
-            self._laid = batch, Layout.of(inputs["attention_mask"]) if packable(inputs) else None
-        return self._laid[1]
+    def _positions(self, batch: MicroBatch, length: int) -> tuple[Tensor, Tensor] | None:
+        """Where losses read in a pass, if that is as many positions of each row."""
+        if isinstance(self.task, TokenTask) and len(labels_of(batch)) > 1:
+            return None
+        return self.task.positions(batch, length)
 
 
 class _Pass(nn.Module):

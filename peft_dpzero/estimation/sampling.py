@@ -41,17 +41,20 @@ class PoissonSampler:
         self.sample_rate = sample_rate
         self._secret = secret
 
-    def draw(self, step: int) -> np.ndarray:
-        """Indices of the units in this step's batch, ascending: (n,) int64, n random and possibly 0."""
-        threshold = int(self.sample_rate * 2.0**64)
-        if threshold >= 1 << 64:
-            return np.arange(self.num_units)
-        stream = hashlib.shake_256(self._secret + step.to_bytes(8, "little")).digest(8 * self.num_units)
-        return np.flatnonzero(np.frombuffer(stream, dtype="<u8") < np.uint64(threshold))
+    def draw(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
+        """Indices of the units in this step's batch that are `rank`'s, ascending: (n,) int64, n random, possibly 0.
 
-    def generator_seed(self, step: int, rank: int) -> bytes:
-        """Seed of what else is random in a process's share of a batch, such as masks: 32 bytes, secret as the key."""
-        label = b"generators" + step.to_bytes(8, "little") + rank.to_bytes(8, "little")
+        Which process takes a unit follows from the unit's own word, and so tells nothing of who else was drawn.
+        """
+        threshold = int(self.sample_rate * 2.0**64)
+        stream = hashlib.shake_256(self._secret + step.to_bytes(8, "little")).digest(8 * self.num_units)
+        words = np.frombuffer(stream, dtype="<u8")
+        joins = words < np.uint64(threshold) if threshold < 1 << 64 else np.ones(self.num_units, dtype=bool)
+        return np.flatnonzero(joins & (words % np.uint64(world_size) == rank))
+
+    def unit_seed(self, step: int, unit: int) -> bytes:
+        """Seed of what else is random about a unit in a step, such as masks: 32 bytes, secret as the key."""
+        label = b"generators" + step.to_bytes(8, "little") + unit.to_bytes(8, "little")
         return hashlib.shake_256(self._secret + label).digest(SECRET_BYTES)
 
     def share_key(self, broadcast: Callable[[Tensor], Tensor]) -> None:

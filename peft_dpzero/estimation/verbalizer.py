@@ -11,7 +11,8 @@ from torch import Tensor
 
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.logits import FullLogits, Logits
-from peft_dpzero.estimation.losses import IGNORE, Batch, LabelPositionTask, cross_entropy_at, labels_of, widened
+from peft_dpzero.estimation.losses import Batch, LabelPositionTask, cross_entropy_at, labels_of, widened
+from peft_dpzero.estimation.shapes import IGNORE
 
 
 class Verbalizer(LabelPositionTask):
@@ -33,6 +34,8 @@ class Verbalizer(LabelPositionTask):
         DPZeroError: fewer than two words, a word without tokens or with an unknown one, two words with the same
             tokens, or a masked LM without a mask token.
     """
+
+    token_labels = False
 
     def __init__(self, tokenizer: Any, words: Sequence[str], *, causal: bool) -> None:
         tokens = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
@@ -101,7 +104,7 @@ class Verbalizer(LabelPositionTask):
         rows, slots = self.positions(batch, logits.length)
         if self.appended:
             targets = tokens.clamp(min=0).repeat(len(ids), 1)
-            nll = cross_entropy_at(logits, rows, slots, targets.flatten())
+            nll = cross_entropy_at(logits, rows, slots, targets.flatten(), len(rows))
             return _mean_over_tokens(-nll.view(len(ids), *tokens.shape), tokens)
         if self.longest == 1:
             scores = widened(logits.at(rows, slots, tokens[:, 0]))

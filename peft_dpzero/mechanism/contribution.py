@@ -22,6 +22,8 @@ from peft_dpzero.mechanism.clipping import SENSITIVITY, clipped_over_threshold, 
 # a and b: shares of the squared norm.
 LOSS_SHARE = 0.1
 COUNT_SHARE = 0.02
+# Units whose rows are made at once: always as many, so that none is rounded as the others' number decides.
+UNITS_AT_ONCE = 64
 # η_C of Andrew et al. 2021: how fast the threshold follows the quantile.
 THRESHOLD_RATE = 0.2
 
@@ -58,6 +60,18 @@ class Contributions:
 
         Returns: (n, K to K + 2) int64, squared norms at most 2⁴⁰.
         """
+        made = []
+        for start in range(0, len(differences), UNITS_AT_ONCE):
+            count = min(UNITS_AT_ONCE, len(differences) - start)
+            block = differences.new_zeros(UNITS_AT_ONCE, differences.shape[1])
+            block[:count] = differences[start : start + count]
+            level = losses.new_zeros(UNITS_AT_ONCE)
+            if self.releases_loss(step):
+                level[:count] = losses[start : start + count]
+            made.append(self._block(step, block, level, threshold)[:count])
+        return torch.cat(made) if made else self._block(step, differences, losses, threshold)
+
+    def _block(self, step: int, differences: Tensor, losses: Tensor, threshold: float) -> Tensor:
         clipped, within = clipped_over_threshold(differences, threshold)
         bounded = normalised(differences, threshold) if self.config.clipping == "automatic" else clipped
         columns = [self.difference_weight(step) * bounded]

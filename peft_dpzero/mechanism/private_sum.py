@@ -146,7 +146,7 @@ class PrivateSum:
         """The batch's mean loss without noise if the user chose train_loss="nonprivate", else None."""
         if self.config.train_loss != "nonprivate":
             return None
-        return float(self.processes.sum(differences._losses.sum()[None])) / self.expected_batch_size
+        return float(self.processes.sum(differences._losses.nansum()[None])) / self.expected_batch_size
 
 
 def _noise(scale: float, config: DPZeroConfig) -> Noise:

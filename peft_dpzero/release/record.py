@@ -48,6 +48,7 @@ def privacy_record(plan: PrivacyPlan, steps: int, losses: Mapping[int, float] | 
         "mechanism": f"poisson_sampled_discrete_{config.mechanism}",
         "sampling": "poisson",
         "privacy_unit": config.privacy_unit or "example",
+        "row_independence": "asserted by the user" if config.rows_asserted_independent else "by construction",
         "max_examples_per_unit": config.max_examples_per_unit if config.privacy_unit else None,
         "accountant": _accountant(plan),
         "deterministic": config.deterministic,

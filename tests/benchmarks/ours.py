@@ -11,11 +11,11 @@ from peft_dpzero import (
     DPZeroConfig,
     DPZeroOptimizer,
     LogicalBatches,
-    Losses,
     Perturbation,
     PoissonSampler,
     PrivateStep,
     Probe,
+    Shapes,
     make_plan,
 )
 from workloads import Row, Workload
@@ -34,11 +34,9 @@ class Batches:
     def __call__(self, step: int) -> list[Row]:
         return [self.rows[i] for i in self.sampler.draw(step)]
 
-    def logical(self, losses: Losses) -> LogicalBatches:
-        """The same rows in micro-batches, as `losses` takes them."""
-        made = self.workload
-        packed = losses.shortcuts.packs
-        return LogicalBatches(self.rows, self.sampler, made.collate, made.micro_batch_size, packed=packed)
+    def logical(self, shapes: Shapes) -> LogicalBatches:
+        """The same rows in micro-batches."""
+        return LogicalBatches(self.rows, self.sampler, self.workload.collate, shapes)
 
 
 class Ours:
@@ -53,10 +51,11 @@ class Ours:
         self.optimizer = DPZeroOptimizer(perturbation.parameters.values(), lr=1e-6)
         device = next(workload.model.parameters()).device
         workload.model.eval()
-        losses = Probe(workload.model, device, task=workload.task).losses(
-            perturbation, partial(send_to_device, device=device)
-        )
-        batches = Batches(workload).logical(losses)
+        probe = Probe(workload.model, device, task=workload.task)
+        shapes = probe.fit_shapes(perturbation, Shapes(workload.batch_size, workload.micro_batch_size))
+        assert probe.reason is None, probe.reason
+        losses = probe.losses(perturbation, partial(send_to_device, device=device))
+        batches = Batches(workload).logical(shapes)
         self.step = PrivateStep(workload.model, plan, batches, losses, perturbation, self.optimizer)
 
     def __call__(self, number: int, rows: list[Row]) -> None:

@@ -3,52 +3,147 @@
 from __future__ import annotations
 
 import random
-from itertools import pairwise
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from peft_dpzero import LogicalBatches, PoissonSampler, new_secret
+from hypothesis import given
+from hypothesis import strategies as st
+from peft_dpzero import DPZeroError, LogicalBatches, PoissonSampler, Shapes, new_secret
 from peft_dpzero.estimation.batching import step_loader
 from peft_dpzero.estimation.sampling import seeded_secret
 
+from tiny import drawn_values
+
+SHAPES = Shapes(expected_rows=20, most_rows=8, limit=64)
 ROWS = [{"input_ids": [1] * (1 + i * 7 % 11), "index": i} for i in range(40)]
 
 
 def collate(rows: list[Any]) -> dict[str, Any]:
-    assert rows
-    return {"index": [row["index"] for row in rows], "length": [len(row["input_ids"]) for row in rows]}
+    (row,) = rows
+    ids = torch.tensor([row["input_ids"]])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "index": torch.tensor([row["index"]])}
 
 
 def batches(secret: bytes, dataset: Any = ROWS, rate: float = 0.5, **settings: Any) -> LogicalBatches:
-    settings = {"micro_batch_size": 3} | settings
+    settings = {"shapes": SHAPES} | settings
     return LogicalBatches(dataset, PoissonSampler(len(dataset), rate, secret), collate, **settings)
 
 
-def drawn(source: LogicalBatches, step: int) -> list[dict[str, Any]]:
-    return list(source.draw(step).micro_batches)
+def drawn(source: LogicalBatches, step: int) -> list[int]:
+    return drawn_values(source.draw(step), "index")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("micro_batch_size", [1, 4, 100])
-def test_every_drawn_row_is_in_one_micro_batch_of_one_process(world_size: int, micro_batch_size: int) -> None:
+@pytest.mark.parametrize("most_rows", [1, 4, 100])
+def test_every_drawn_row_is_in_one_micro_batch_of_one_process(world_size: int, most_rows: int) -> None:
     secret = seeded_secret(0)
+    shapes = replace(SHAPES, most_rows=most_rows)
     for step in range(5):
-        sharded = {"micro_batch_size": micro_batch_size, "world_size": world_size}
-        ranks = [drawn(batches(secret, rank=rank, **sharded), step) for rank in range(world_size)]
-        seen = [i for micro_batches in ranks for batch in micro_batches for i in batch["index"]]
-        assert sorted(seen) == PoissonSampler(40, 0.5, secret).draw(step).tolist()
-        for share in ranks:
-            longest = max((length for batch in share for length in batch["length"]), default=0)
-            tokens = [len(batch["length"]) * max(batch["length"]) for batch in share]
-            assert all(count <= micro_batch_size * longest for count in tokens)
+        ranks = [batches(secret, rank=rank, world_size=world_size, shapes=shapes) for rank in range(world_size)]
+        assert (
+            sorted(row for rank in ranks for row in drawn(rank, step))
+            == PoissonSampler(40, 0.5, secret).draw(step).tolist()
+        )
+        for share in (rank.draw(step) for rank in ranks):
+            assert all(len(batch["index"]) <= most_rows for batch in share.micro_batches)
+            assert len(share.owners) == sum(share.counts)
 
 
-def test_rows_of_like_length_share_a_micro_batch() -> None:
-    lengths = [batch["length"] for batch in batches(seeded_secret(0)).draw(0).micro_batches]
-    assert len(lengths) > 1
-    assert all(max(shorter) <= min(longer) for shorter, longer in pairwise(lengths))
+def neighbors_of(row: int) -> Any:
+    """Data sets that hold `row` at its place and other rows elsewhere."""
+    others = st.lists(st.integers(1, 64), min_size=40, max_size=40)
+    return others.map(
+        lambda lengths: [
+            ROWS[i] if i == row else {"input_ids": [2] * length, "index": 100 + i} for i, length in enumerate(lengths)
+        ]
+    )
+
+
+@given(neighbors_of(7), st.integers(1, 9), st.integers(1, 9))
+def test_how_a_row_is_computed_depends_on_no_other_row(dataset: list[Any], most_rows: int, expected: int) -> None:
+    """Same shape, rows and padding around it or not: whatever else was drawn."""
+    shapes = replace(SHAPES, most_rows=most_rows, expected_rows=expected**2)
+
+    def seen(data: list[Any]) -> tuple[Any, ...]:
+        share = batches(seeded_secret(0), data, rate=1.0, shapes=shapes).draw(0)
+        (found,) = [one for one in share.micro_batches if 7 in one["index"].tolist()]
+        place = found["index"].tolist().index(7)
+        row = {key: (value.shape, value[place].tolist()) for key, value in found.items()}
+        return row, bool(found["attention_mask"].all())
+
+    assert seen(dataset) == seen(ROWS)
+
+
+@given(st.integers(0, 3000), st.integers(1, 64), st.floats(0.1, 5000), st.sampled_from([None, 512, 2048]))
+def test_padded_lengths_are_longer_than_the_row_and_not_by_much(
+    tokens: int, most: int, expected: float, limit: int | None
+) -> None:
+    shapes = Shapes(expected, most, limit=limit)
+    length = shapes.length(tokens)
+    assert 1 <= shapes.rows(length) <= most
+    assert tokens <= length <= max(tokens + 8, 1.26 * tokens)
+    if shapes.rows(length) > 1 and (limit is None or tokens < limit):
+        assert length > tokens
+    assert limit is None or length <= max(limit, tokens)
+    assert shapes.length(tokens + 1) >= length or shapes.rows(length) > 1 or tokens + 1 == shapes.length(tokens + 1)
+
+
+def test_missing_rows_are_made_up_and_hold_nothing_of_the_data() -> None:
+    row = {
+        "input_ids": torch.tensor([[7, 8, 9]]),
+        "attention_mask": torch.tensor([[1, 1, 0]]),
+        "labels": torch.tensor([[7, -100, -100]]),
+        "weight": torch.tensor([0.25]),
+    }
+    made = Shapes(4, 4, pad_token_id=3).made_up(row)
+    assert {key: value.tolist() for key, value in made.items()} == {
+        "input_ids": [[3, 3, 3]],
+        "attention_mask": [[1, 0, 0]],
+        "labels": [[-100, -100, -100]],
+        "weight": [0.0],
+    }
+    assert Shapes(4, 4).key(made) == Shapes(4, 4).key(row)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_padding_that_a_row_came_with_is_cut_off(left: bool) -> None:
+    ids, mask = [5, 6, 7] + [0] * 9, [1, 1, 1] + [0] * 9
+    row = {"input_ids": torch.tensor([ids[::-1] if left else ids])}
+    row["attention_mask"] = torch.tensor([mask[::-1] if left else mask])
+    row |= {"labels": row["input_ids"].masked_fill(row["attention_mask"] == 0, -100), "weight": torch.ones(1)}
+    padded = SHAPES.padded(row)
+    kept = [7, 6, 5] if left else [5, 6, 7]
+    assert padded["input_ids"].tolist() == [kept + [0] * 5]
+    assert padded["attention_mask"].tolist() == [[1, 1, 1] + [0] * 5]
+    assert padded["labels"].tolist() == [kept + [-100] * 5]
+    assert padded["weight"].shape == (1,)
+    alone = replace(SHAPES, alone=True).padded(row)
+    assert alone["input_ids"].tolist() == [kept]
+
+
+def test_class_labels_are_no_tokens() -> None:
+    row = {"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    row["labels"] = torch.tensor([[1, 0, 1]])
+    assert replace(SHAPES, token_labels=False).padded(row)["labels"].shape == (1, 3)
+    assert SHAPES.padded(row)["labels"].shape == (1, 8)
+    floats = row | {"labels": torch.tensor([[1.0, 0.0, 1.0]])}
+    assert SHAPES.padded(floats)["labels"].shape == (1, 3)
+
+
+def test_rows_that_are_nobodys_or_too_long_leave_their_unit_empty() -> None:
+    data = [None, *ROWS[1:4], {"input_ids": [1] * 30, "index": 4}]
+    share = batches(seeded_secret(0), data, rate=1.0, shapes=replace(SHAPES, max_length=22)).draw(0)
+    assert (share.num_units, sorted(share.owners.tolist())) == (5, [1, 2, 3])
+
+
+@pytest.mark.parametrize("made", [{"x": torch.zeros(2)}, {"x": torch.zeros(0, 3)}])
+def test_collators_that_make_several_rows_of_one_are_refused(made: dict[str, Any]) -> None:
+    source = LogicalBatches(ROWS, PoissonSampler(40, 1.0, new_secret()), lambda rows: made, SHAPES)
+    with pytest.raises(DPZeroError, match="one row"):
+        source.draw(0)
 
 
 def test_draws_are_a_function_of_key_and_step() -> None:
@@ -79,32 +174,29 @@ def test_only_drawn_rows_are_read() -> None:
             self.read.append(index)
             return super().__getitem__(index)
 
-    class FetchedTogether(Rows):
-        def __getitems__(self, indices: list[int]) -> list[Any]:
-            return [self[i] for i in indices]
-
     wanted = PoissonSampler(40, 0.2, seeded_secret(0)).draw(0).tolist()
-    for kind in (Rows, FetchedTogether):
-        data = kind(ROWS)
-        data.read = []
-        batches(seeded_secret(0), data, rate=0.2).draw(0)
-        assert data.read == wanted
+    data = Rows(ROWS)
+    data.read = []
+    batches(seeded_secret(0), data, rate=0.2).draw(0)
+    assert data.read == wanted
 
 
 def masks(seed: int, secret: bytes) -> list[list[float]]:
     """What a collator that draws from the global generators makes of all rows, which are drawn for certain."""
 
     def masking(rows: list[Any]) -> dict[str, Any]:
-        return {"draws": [torch.rand(()).item(), random.random(), float(np.random.rand())]}
+        return {"draws": torch.tensor([[torch.rand(()).item(), random.random(), float(np.random.rand())]])}
 
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    batches = LogicalBatches(ROWS, PoissonSampler(40, 1.0, secret), masking, micro_batch_size=40).draw(0).micro_batches
+    share = LogicalBatches(ROWS, PoissonSampler(40, 1.0, secret), masking, SHAPES).draw(0)
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1:] == (random.getstate(), np.random.get_state()[1].tolist())
-    return [batch["draws"] for batch in batches]
+    draws = drawn_values(share, "draws")
+    assert len({tuple(draw) for draw in draws}) == 40
+    return draws
 
 
 def test_a_masking_collator_draws_from_the_secret_and_not_from_the_users_seed() -> None:

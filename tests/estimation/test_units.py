@@ -10,11 +10,20 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer, LogicalBatches, PoissonSampler, Released, new_secret
+from peft_dpzero import (
+    DPZeroConfig,
+    DPZeroError,
+    DPZeroTrainer,
+    LogicalBatches,
+    PoissonSampler,
+    Released,
+    Shapes,
+    new_secret,
+)
 from peft_dpzero.estimation.units import units_by_column
 from peft_dpzero.mechanism.private_sum import PrivateSum
 
-from tiny import arguments, tiny_dataset, tiny_model
+from tiny import arguments, drawn_values, tiny_dataset, tiny_model
 
 SIZES = [1, 2, 3, 7, 50, 500]
 
@@ -45,6 +54,10 @@ def test_rows_beyond_the_limit_are_chosen_at_random_and_once() -> None:
     assert 0.5 < counts.var() / counts.mean() < 1.5
 
 
+def whose(rows: list[Any]) -> dict[str, torch.Tensor]:
+    return {"user": torch.tensor([row["user_id"] for row in rows])}
+
+
 def test_a_drawn_unit_brings_its_rows_whole_to_one_process() -> None:
     units = units_by_column(crowd(int), "user_id", 5)
     secret = new_secret()
@@ -52,9 +65,10 @@ def test_a_drawn_unit_brings_its_rows_whole_to_one_process() -> None:
         seen: list[int] = []
         for rank in range(2):
             sampler = PoissonSampler(len(units), 0.5, secret)
-            batches = LogicalBatches(crowd(int), sampler, lambda rows: {"rows": rows}, 4, rank, 2, units)
+            shapes = Shapes(expected_rows=50, most_rows=4)
+            batches = LogicalBatches(crowd(int), sampler, whose, shapes, rank, 2, units)
             share = batches.draw(step)
-            users = [row["user_id"] for batch in share.micro_batches for row in batch["rows"]]
+            users = drawn_values(share, "user")
             owners = share.owners.tolist()
             assert len(owners) == len(users)
             by_owner = {owner: {u for o, u in zip(owners, users, strict=True) if o == owner} for owner in owners}

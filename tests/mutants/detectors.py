@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import peft_dpzero.mechanism.accountant as accountant
 import torch
-from peft_dpzero import DPZeroTrainer, LogicalBatches, Perturbation, PoissonSampler, new_secret
+from peft_dpzero import DPZeroTrainer, LogicalBatches, Perturbation, PoissonSampler, Shapes, new_secret
 from peft_dpzero.mechanism.clipping import SENSITIVITY
 from peft_dpzero.mechanism.private_sum import PrivateDifferences, PrivateSum
 from peft_dpzero.release.optimizer import DPZeroOptimizer
@@ -19,7 +19,7 @@ from scipy import stats
 from torch import nn
 
 from attackers import THRESHOLD, audited_epsilon, config
-from tiny import arguments, tiny_dataset, tiny_model
+from tiny import arguments, drawn_values, tiny_dataset, tiny_model
 
 # False alarms of each statistical check below one in a million.
 ALARM = 1e-6
@@ -108,10 +108,11 @@ def every_unit_joins_every_step_by_its_own_coin() -> None:
     """Batch sizes are binomial, empty ones among them; a unit's next batch does not depend on its last."""
     units, rate, steps = 6, 0.3, 3000
     sampler = PoissonSampler(units, rate, new_secret())
-    batches = LogicalBatches(list(range(units)), sampler, lambda rows: {"units": rows}, 8)  # type: ignore[arg-type]
+    made = list(range(units)), sampler, lambda rows: {"unit": torch.tensor(rows)}, Shapes(2, 8)
+    batches = LogicalBatches(*made)  # type: ignore[arg-type]
     joined = np.zeros((steps, units), dtype=int)
     for t in range(steps):
-        joined[t, [unit for batch in batches.draw(t).micro_batches for unit in batch["units"]]] = 1
+        joined[t, drawn_values(batches.draw(t), "unit")] = 1
     sizes = np.bincount(joined.sum(axis=1), minlength=units + 1)
     expected = stats.binom.pmf(range(units + 1), units, rate) * steps
     tail = 4
