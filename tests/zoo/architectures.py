@@ -68,6 +68,14 @@ _BART: Changes = {
     "max_position_embeddings": POSITIONS,
     "decoder_start_token_id": 2,
 }
+_SWITCH: Changes = {
+    **_T5,
+    "num_experts": 2,
+    "expert_capacity": 16,
+    "num_sparse_encoder_layers": 1,
+    "num_sparse_decoder_layers": 1,
+}
+_NLLB: Changes = {**_BART, "num_experts": 2, "encoder_sparse_step": 2, "decoder_sparse_step": 2}
 # Hybrid attention of both kinds within two layers.
 _BOTH_KINDS: Changes = {"layer_types": ["sliding_attention", "full_attention"]}
 
@@ -262,26 +270,17 @@ ARCHITECTURES = (
         "experts meet the tokens of all rows",
     ),
     Architecture(
-        "Switch Transformers",
-        "seq2seq",
-        "SwitchTransformersConfig",
-        {
-            **_T5,
-            "num_experts": 2,
-            "expert_capacity": 64,
-            "num_sparse_encoder_layers": 1,
-            "num_sparse_decoder_layers": 1,
-        },
-        ("q", "v"),
-        "experts of a capacity",
+        "Switch Transformers", "seq2seq", "SwitchTransformersConfig", _SWITCH, ("q", "v"), "a capacity for each row"
     ),
+    Architecture("NLLB-MoE", "seq2seq", "NllbMoeConfig", _NLLB, _ATTENTION, "experts meet the tokens of all rows"),
     Architecture(
-        "NLLB-MoE",
+        "NLLB-MoE, small capacity",
         "seq2seq",
         "NllbMoeConfig",
-        {**_BART, "num_experts": 2, "expert_capacity": 64, "encoder_sparse_step": 2, "decoder_sparse_step": 2},
+        _NLLB,
         _ATTENTION,
-        "experts of a capacity",
+        "experts drop what is past a share of the batch",
+        {"moe_eval_capacity_token_fraction": 0.3},
     ),
     Architecture("T5", "seq2seq", "T5Config", _T5, ("q", "v")),
     Architecture("BART", "seq2seq", "BartConfig", _BART, _ATTENTION),
@@ -315,6 +314,7 @@ def build(architecture: Architecture, dtype: torch.dtype = torch.float32, attent
         task_type=TASK_TYPES[architecture.kind],
         target_modules=list(architecture.targets),
         init_lora_weights=False,
+        fan_in_fan_out=architecture.config == "GPT2Config",
     )
     return get_peft_model(model, lora).to(dtype).eval()
 
