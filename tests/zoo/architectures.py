@@ -302,10 +302,7 @@ def build(architecture: Architecture, dtype: torch.dtype = torch.float32, attent
     Raises:
         ValueError: the architecture does not have this attention.
     """
-    torch.manual_seed(0)
-    settings = {} if attention is None else {"attn_implementation": attention}
-    model = HEADS[architecture.kind].from_config(architecture.make_config(), **settings)
-    _untie(model)
+    model = untuned(architecture, attention)
     if not architecture.targets:
         model.get_input_embeddings().requires_grad_(False)
         return model.to(dtype).eval()
@@ -317,6 +314,19 @@ def build(architecture: Architecture, dtype: torch.dtype = torch.float32, attent
         fan_in_fan_out=architecture.config == "GPT2Config",
     )
     return get_peft_model(model, lora).to(dtype).eval()
+
+
+def untuned(architecture: Architecture, attention: str | None = None) -> Any:
+    """As `build`, without LoRA and in float32.
+
+    Raises:
+        ValueError: the architecture does not have this attention.
+    """
+    torch.manual_seed(0)
+    settings = {} if attention is None else {"attn_implementation": attention}
+    model = HEADS[architecture.kind].from_config(architecture.make_config(), **settings)
+    _untie(model)
+    return model
 
 
 def _untie(model: Any) -> None:
@@ -331,7 +341,7 @@ def attentions(architecture: Architecture) -> list[str]:
 
     def has(attention: str) -> bool:
         try:
-            build(architecture, attention=attention)
+            untuned(architecture, attention)
         except ValueError:
             return False
         return True

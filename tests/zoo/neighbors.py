@@ -88,10 +88,10 @@ def prepared(
 def padded(rows: Sequence[Row]) -> dict[str, Tensor]:
     """Rows as a batch, padded on the right to its longest."""
     batch: dict[str, Tensor] = {}
-    for key, filler in (("input_ids", 0), ("attention_mask", 0), ("labels", IGNORE)):
+    for key in rows[0]:
         values = [torch.as_tensor(row[key]) for row in rows]
-        lists = values[0].ndim
-        batch[key] = nn.utils.rnn.pad_sequence(values, True, filler) if lists else torch.stack(values)
+        filler = IGNORE if key == "labels" else 0
+        batch[key] = nn.utils.rnn.pad_sequence(values, True, filler) if values[0].ndim else torch.stack(values)
     return batch
 
 
@@ -233,16 +233,19 @@ def differences(
         neighbors: the other lists, met in this order by the same model.
         poisons: gives the token `POISON` an embedding of NaN once the model has been accepted.
         settings: those of `prepared`.
+
+    A `DPZeroError` that only a neighbour raises is no refusal, and goes through.
     """
-    try:
-        run = prepared(model, task, **settings)
-    except DPZeroError as refusal:
-        return Finding("refused", str(refusal))
-    if poisons:
-        with torch.no_grad():
-            model.get_input_embeddings().weight[POISON] = torch.nan
     with _widest_pass(model) as widths:
-        expected = dict(zip(base, run([rows[key] for key in base]), strict=True))
+        try:
+            run = prepared(model, task, **settings)
+            widths.clear()
+            expected = dict(zip(base, run([rows[key] for key in base]), strict=True))
+        except DPZeroError as refusal:
+            return Finding("refused", str(refusal))
+        if poisons:
+            with torch.no_grad():
+                model.get_input_embeddings().weight[POISON] = torch.nan
         worst = Finding("equal")
         for neighbor in neighbors:
             found = dict(zip(neighbor.keys, run([rows[key] for key in neighbor.keys]), strict=True))
@@ -252,7 +255,10 @@ def differences(
 
 
 def _compared(name: str, ones: dict[Hashable, Tensor], others: dict[Hashable, Tensor]) -> Finding:
-    changes = torch.stack([others[key] - ones[key] for key in ones.keys() & others.keys()]).double() / THRESHOLD
+    shared = [(others[key] - one).double() / THRESHOLD for key, one in ones.items() if key in others]
+    if not shared:
+        return Finding("equal")
+    changes = torch.stack(shared)
     norms = changes.norm(dim=1)
     count = int(norms.count_nonzero())
     if not count:
