@@ -6,6 +6,7 @@ All that touches the package's way from rows to contributions is `zoo.neighbors.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,6 @@ from zoo.architectures import BY_NAME, build, untuned
 from zoo.neighbors import (
     POISON,
     SHORTCUTS,
-    THRESHOLD,
     Finding,
     Neighbor,
     Row,
@@ -58,12 +58,12 @@ def assert_strangers(found: Finding) -> None:
 
 
 def assert_as_plain(build_model: Any, task: Task, rows: Sequence[Row], **settings: Any) -> None:
-    """The passes that a run would take give the plain ones' contributions, but for float32 rounding over 2λ."""
+    """The passes that a run would take give the plain ones' contributions, as near as float32 over 2λ allows."""
     try:
         chosen, plain = (contributions(build_model(), task, rows, shortcuts=how, **settings) for how in SHORTCUTS)
     except DPZeroError:
         return
-    assert float((chosen - plain).abs().max()) / THRESHOLD < 0.01
+    assert float((chosen - plain).abs().max()) < 0.02 * float(plain.abs().max())
 
 
 def tuned(kind: str, place: str, module: nn.Module) -> Any:
@@ -129,11 +129,10 @@ def test_in_half_precision_one_more_row_changes_no_rounding(shortcuts: str) -> N
 
 
 def test_under_autocast_one_more_row_changes_no_rounding() -> None:
-    model = build(BY_NAME["BERT"])
+    model = build(replace(BY_NAME["BERT"], changes={"hidden_size": 64, "intermediate_size": 256}))
     rows = rows_with("classifier", [4 + 7 * number % 37 for number in range(48)], stranger=29)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = when_one_joins(model, infer_task(model), rows)
-    assert_strangers(found)
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)  # As Accelerate does.
+    assert_strangers(when_one_joins(model, infer_task(model), rows))
 
 
 # ---- Rows side by side ----
@@ -175,12 +174,14 @@ def sparsely_labelled(rows: dict[Hashable, Row]) -> dict[Hashable, Row]:
 MIXERS = {"shift": ("causal_lm", with_shift, TokenTask(shift=1)), "pooling": ("classifier", with_pooling, None)}
 
 
+@pytest.mark.parametrize("shortcuts", SHORTCUTS)
 @pytest.mark.parametrize("case", MIXERS)
-def test_modules_that_mix_positions_before_the_head_keep_rows_apart(case: str) -> None:
+def test_modules_that_mix_positions_before_the_head_keep_rows_apart(case: str, shortcuts: str) -> None:
     kind, build_model, task = MIXERS[case]
     rows = rows_with(kind, [30, 40, 34, 40, 36, 12], stranger=50)
     rows = sparsely_labelled(rows) if kind == "causal_lm" else rows
-    assert_strangers(when_one_joins(build_model(), task or ClassificationTask(), rows, micro_batch_size=8))
+    task = task or ClassificationTask()
+    assert_strangers(when_one_joins(build_model(), task, rows, shortcuts=shortcuts, micro_batch_size=8))
 
 
 @pytest.mark.parametrize("case", MIXERS)
@@ -237,7 +238,8 @@ class InChunks(nn.Module):
 
 def test_a_trunk_that_is_called_once_a_chunk_gives_each_chunk_its_own() -> None:
     rows = [row("classifier", 12, 300 + number) for number in range(16)]
-    assert_as_plain(lambda: InChunks().eval(), ClassificationTask(), rows, micro_batch_size=16)
+    task = FunctionTask(lambda outputs, labels: F.cross_entropy(outputs.logits, labels, reduction="none"))
+    assert_as_plain(lambda: InChunks().eval(), task, rows, micro_batch_size=16)
 
 
 # ---- The user's own losses ----
@@ -250,9 +252,8 @@ def normalised(outputs: Any, labels: Tensor) -> Tensor:
 
 def test_a_loss_that_is_normalised_over_the_batch_is_found_in_half_precision() -> None:
     model = build(BY_NAME["BERT"], torch.bfloat16)
-    assert_strangers(
-        differences(model, FunctionTask(standardised), rows_of("classifier"), neighbors=(*ALL[-3:], AGAIN))
-    )
+    rows = rows_with("classifier", [8] * 6, stranger=8)
+    assert_strangers(when_one_joins(model, FunctionTask(normalised), rows, micro_batch_size=8))
 
 
 class Weighted(ClassificationTask):
