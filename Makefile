@@ -3,7 +3,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 REVIEWS := .cache/vaderSentiment-3.3.2.tar.gz
 
-.PHONY: demo test lint docs unit bench clean
+.PHONY: demo test lint docs unit zoo bench clean
 
 demo: $(VENV)/.ready $(REVIEWS)
 	$(RUN)/python integrations/trainer/movie_reviews.py --reviews $(REVIEWS) --output runs/demo
@@ -20,6 +20,10 @@ docs: $(VENV)/.ready
 
 unit: $(VENV)/.ready
 	$(RUN)/pytest -n 2 --dist loadfile
+
+zoo: $(VENV)/.ready
+	PYTHONPATH=tests $(RUN)/python tests/zoo/table.py
+	$(RUN)/pytest -n 2 -m zoo tests/zoo
 
 # BENCH="--quick", BENCH="--only gemma_lora" and the like go through to the script.
 bench: $(VENV)/.bench $(REVIEWS)

@@ -1,0 +1,74 @@
+"""Writes the table of docs/zoo.md, between its markers, from a run of every architecture.
+
+PYTHONPATH=tests python tests/zoo/table.py [--page docs/zoo.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import transformers
+
+from zoo.architectures import ARCHITECTURES, Architecture, attentions
+from zoo.neighbors import ALL, SHORTCUTS, Finding
+from zoo.test_zoo import DTYPES, examined
+
+ROOT = Path(__file__).resolve().parents[2]
+MARKED = "<!-- {0} -->\n(.*?)<!-- end of {0} -->"
+HEADER = ("architecture", "weights", "attention", "other rows", "what it does")
+
+
+def main() -> None:
+    """Runs everything; the page is written if all are equal or refused, or with what differs."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "zoo.md")
+    page = parser.parse_args().page
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    lines = ["| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"]
+    for architecture in ARCHITECTURES:
+        for line in _lines(architecture):
+            print(line, flush=True)
+            lines.append(line)
+    write(page, "zoo", "\n".join(lines))
+
+
+def write(page: Path, name: str, text: str) -> None:
+    """Replaces what is between the markers `name` of the page."""
+    replacement = f"<!-- {name} -->\n{text}\n<!-- end of {name} -->"
+    old = page.read_text(encoding="utf-8")
+    page.write_text(re.sub(MARKED.format(name), lambda _: replacement, old, flags=re.DOTALL), encoding="utf-8")
+
+
+def _lines(architecture: Architecture) -> Iterator[str]:
+    """A line for each outcome, with the dtypes and attentions that have it."""
+    outcomes: dict[str, list[tuple[str, str]]] = {}
+    for attention in attentions(architecture):
+        for dtype in DTYPES:
+            found = [examined(architecture.name, dtype, attention, shortcuts, ALL) for shortcuts in SHORTCUTS]
+            outcomes.setdefault(_worst(found), []).append((str(dtype).removeprefix("torch."), attention))
+    for outcome, settings in outcomes.items():
+        dtypes, kinds = (", ".join(dict.fromkeys(values)) for values in zip(*settings, strict=True))
+        yield "| " + " | ".join((architecture.name, dtypes, kinds, outcome, architecture.notes)) + " |"
+
+
+def _worst(found: list[Finding]) -> str:
+    """What is said of a setting, with and without shortcuts."""
+    worst = max(found, key=lambda one: (not one.independent, one.outcome == "refused", one.total))
+    if worst.outcome == "differs":
+        return f"**differ**: {worst.rows} rows, their sum by {worst.total:.1g} C ({worst.detail})"
+    if worst.outcome == "refused":
+        return "refused: " + worst.detail.replace("|", "/").replace("\n", " ")
+    return "equal, one row at a time" if all(one.alone for one in found) else "equal"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Stock architectures: adding, removing or replacing a row changes no other row's contribution, or there is no run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from peft_dpzero import infer_task
+
+from zoo import neighbors
+from zoo.architectures import ARCHITECTURES, BY_NAME, attentions, build
+from zoo.neighbors import ALL, FEW, LENGTHS, SHORTCUTS, Finding, Neighbor, Row, differences, rows_of
+
+DTYPES = (torch.float32, torch.bfloat16)
+# One of each kind of mask, position and mixing.
+FAST = (
+    "BERT",
+    "ModernBERT",
+    "GPT-2",
+    "Llama",
+    "Llama, dynamic RoPE",
+    "Phi-3, longrope",
+    "Gemma 3",
+    "Mixtral",
+    "T5",
+    "Mamba",
+)
+
+
+def examined(
+    name: str, dtype: torch.dtype, attention: str | None, shortcuts: str, neighbors: tuple[Neighbor, ...]
+) -> Finding:
+    """What the other rows' contributions do in one architecture."""
+    architecture = BY_NAME[name]
+    model = build(architecture, dtype, attention)
+    rows = rows_of(architecture.kind)
+    return differences(model, infer_task(model), rows, neighbors=neighbors, poisons=True, shortcuts=shortcuts)
+
+
+@pytest.mark.parametrize("shortcuts", SHORTCUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("name", FAST)
+def test_rows_are_strangers(name: str, dtype: torch.dtype, shortcuts: str) -> None:
+    found = examined(name, dtype, None, shortcuts, FEW)
+    assert found.independent, str(found)
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("shortcuts", SHORTCUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [(architecture.name, attention) for architecture in ARCHITECTURES for attention in ("eager", "sdpa")],
+)
+def test_rows_are_strangers_in_all_architectures(name: str, attention: str, dtype: torch.dtype, shortcuts: str) -> None:
+    if attention not in attentions(BY_NAME[name]):
+        pytest.skip("The architecture does not have it.")
+    found = examined(name, dtype, attention, shortcuts, ALL)
+    assert found.independent, str(found)
+
+
+def test_the_harness_sees_rows_that_look_at_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crowded(rows: Sequence[Row]) -> torch.Tensor:
+        return torch.tensor([[len(row["input_ids"]), len(rows)] for row in rows])
+
+    model = build(BY_NAME["BERT"])
+    monkeypatch.setattr(neighbors, "prepared", lambda *args, **kwargs: crowded)
+    found = differences(model, infer_task(model), rows_of("classifier"), neighbors=FEW)
+    assert (found.outcome, found.rows) == ("differs", len(LENGTHS))
+    assert found.total == pytest.approx(len(LENGTHS) / 2**20)
