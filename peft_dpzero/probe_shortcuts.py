@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_dpzero.architectures import ROWWISE_TASKS
+from peft_dpzero.architectures import reason_to_separate
 from peft_dpzero.estimation.differences import losses_at
 from peft_dpzero.estimation.logits import OutputHead
 from peft_dpzero.estimation.losses import FunctionTask, Task, TokenTask
@@ -90,6 +90,8 @@ class Trials:
 def find_shortcuts(trials: Trials, trunk: SharedTrunk | None, run: Callable[[], Any]) -> Shortcuts:
     """The cheapest passes that give the plain ones' losses.
 
+    Only known architectures are narrowed: what others do with places that no loss reads can depend on a row's length.
+
     Args:
         trunk: known to be sharable, or None.
         run: one forward pass on made-up tokens.
@@ -102,7 +104,7 @@ def find_shortcuts(trials: Trials, trunk: SharedTrunk | None, run: Callable[[], 
             logger.info("Logits are made at all positions: this model's head does more than project.")
     if (lora := MergedLora(model)).layers and trials.agree(replace(found, lora=MergedLora(model, always=True))):
         found = replace(found, lora=lora)
-    if type(trials.task) in ROWWISE_TASKS and type(trials.task) is not FunctionTask:
+    if type(trials.task) is not FunctionTask and reason_to_separate(model, trials.task) is None:
         head_module = found.head.module if found.head else None
         tried = [module for module in last_modules(model, run) if module is not head_module]
         narrowed = find_narrowed(tried, lambda modules: trials.agree_narrowed(found, modules))

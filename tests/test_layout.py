@@ -17,7 +17,7 @@ LAYERS = (
     ("philox", "kernels", "forwards", "streaming", "directions", "perturbation"),
     ("mechanism", "release", "estimation"),
     (
-        *("compiling", "guards", "offloading", "probe_causes", "probe_data", "probe_shortcuts", "probe"),
+        *("architectures", "compiling", "guards", "offloading", "probe_causes", "probe_data", "probe_shortcuts", "probe"),
         *("quantised", "saving"),
     ),
     ("step",),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft_dpzero import DPZeroConfig, DPZeroError, Losses, Perturbation, Probe, Task
+from peft_dpzero import DPZeroConfig, DPZeroError, Losses, Perturbation, Probe, Shapes, Task
 from peft_dpzero.estimation.batching import LogicalBatches
 from peft_dpzero.estimation.differences import estimate_differences
 from peft_dpzero.estimation.sampling import PoissonSampler
@@ -29,6 +29,8 @@ CONFIG = DPZeroConfig(
 # Grid units of a contribution whose norm is C.
 THRESHOLD = 1 << 20
 IGNORE = -100
+# So many that a micro-batch of any of the harness's lengths has several rows.
+EXPECTED_ROWS = 512
 SHORTCUTS = ("chosen", "plain")
 # Its embedding is NaN once the model is prepared; one row has it.
 POISON = VOCABULARY - 1
@@ -60,14 +62,14 @@ def prepared(
         DPZeroError: the model or the task is refused.
     """
     perturbation = Perturbation(model, CONFIG.direction_seed, CONFIG.direction_distribution)
-    probe = Probe(model, torch.device("cpu"), "right", task)
-    probe.check_independence(perturbation)
+    probe = Probe(model, torch.device("cpu"), task)
+    shapes = probe.fit_shapes(perturbation, Shapes(EXPECTED_ROWS, micro_batch_size))
     probe.check_reach(perturbation)
     losses = probe.losses(perturbation, dict) if shortcuts == "chosen" else Losses(model, task, dict)
 
     def run(rows: Sequence[Row]) -> Tensor:
         sampler = PoissonSampler(len(rows), 1.0, bytes(32))
-        batches = LogicalBatches(dataset(rows), sampler, padded, micro_batch_size, packed=losses.shortcuts.packs)
+        batches = LogicalBatches(dataset(rows), sampler, padded, shapes)
         estimated = estimate_differences(
             losses,
             batches.draw(0),
