@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from rich.table import Table
 
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.mechanism.accountant import COARSE_INTERVAL, calibrate_noise_multiplier
+from peft_dpzero.mechanism.accountant import COARSE_INTERVAL, Accountant
 from peft_dpzero.mechanism.plan import PrivacyPlan
 
 
@@ -83,13 +83,10 @@ class Choices:
 
     def compute(self) -> Iterator[None]:
         """Fills the table, one cell an item."""
-        config = self.plan.config
-        assert config.target_delta is not None
+        accountant = Accountant.of(self.plan.config, COARSE_INTERVAL)
         for epsilon in self.epsilons:
             for steps in self.step_counts:
-                self.sigmas[epsilon, steps] = calibrate_noise_multiplier(
-                    epsilon, config.target_delta, self.plan.sample_rate, steps, config.neighboring, COARSE_INTERVAL
-                )
+                self.sigmas[epsilon, steps] = accountant.noise_multiplier(epsilon, self.plan.sample_rate, steps)
                 yield
 
     def table(self) -> Table:

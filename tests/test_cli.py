@@ -24,7 +24,7 @@ from peft_dpzero.cli_data import Encoder, class_names, with_class_indices
 from peft_dpzero.cli_plan import default_delta
 from peft_dpzero.cli_settings import DataSettings, read_settings
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.mechanism.accountant import COARSE_INTERVAL, calibrate_noise_multiplier
+from peft_dpzero.mechanism.accountant import COARSE_INTERVAL, Accountant
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -166,17 +166,21 @@ def test_plan_table_holds_a_calibrated_sigma_for_each_choice(
     assert run(["plan", *options.split(), "--epsilons", "1,2", "--step-counts", "80,40"]) == 0
     output = capsys.readouterr().out
     assert output.index("40 steps") < output.index("80 steps")
+    accountant = Accountant("replace_one", 1e-5, "gaussian", COARSE_INTERVAL)
     for epsilon in (1, 2):
         expected = []
         for steps in (40, 80):
-            sigma = calibrate_noise_multiplier(epsilon, 1e-5, 0.1, steps, "replace_one", COARSE_INTERVAL)
+            sigma = accountant.noise_multiplier(epsilon, 0.1, steps)
             expected.append(f"{sigma:.3g} ({sigma * 2 / 100:.0%})")
         assert cells(output)[str(epsilon)] == expected
 
 
 def test_the_table_grid_never_understates_sigma_and_hardly_overstates_it() -> None:
-    fine = calibrate_noise_multiplier(1.0, 1e-5, 0.02, 100)
-    coarse = calibrate_noise_multiplier(1.0, 1e-5, 0.02, 100, interval=COARSE_INTERVAL)
+    accountants = (
+        Accountant("add_or_remove_one", 1e-5, "gaussian"),
+        Accountant("add_or_remove_one", 1e-5, "gaussian", COARSE_INTERVAL),
+    )
+    fine, coarse = (accountant.noise_multiplier(1.0, 0.02, 100) for accountant in accountants)
     # Both are calibrated to 0.1 %.
     assert 0.999 * fine <= coarse <= 1.01 * fine
 

@@ -16,7 +16,7 @@ import torch
 from dp_accounting.pld import PLDAccountant
 from peft import LoraConfig, get_peft_model
 from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer, make_plan, verify
-from peft_dpzero.mechanism.accountant import Segment, epsilon_of
+from peft_dpzero.mechanism.accountant import Accountant, Segment
 from peft_dpzero.release.journal import read_journal
 from safetensors.torch import load_file
 
@@ -123,11 +123,12 @@ def test_other_settings_or_fewer_steps_do_not_continue_a_run(tmp_path: Path) -> 
 
 def test_training_stops_before_the_step_that_would_pass_its_epsilon(tmp_path: Path) -> None:
     sigma = {"noise_multiplier": 4.0}
-    cap = epsilon_of((Segment(4.0, 4 / 64, 23),), 1e-5) * 1.001
+    accountant = Accountant("add_or_remove_one", 1e-5, "gaussian")
+    cap = accountant.epsilon([Segment(4.0, 4 / 64, 23)]) * 1.001
     capped = run(tmp_path, 40, target_epsilon=cap, **sigma)
     with pytest.warns(UserWarning, match="would pass target_epsilon"):
         done = capped.train().global_step
-    spent, one_more = (epsilon_of((Segment(4.0, 4 / 64, steps),), 1e-5) for steps in (done, done + 1))
+    spent, one_more = (accountant.epsilon([Segment(4.0, 4 / 64, steps)]) for steps in (done, done + 1))
     assert done == 23
     assert spent <= cap < one_more
     assert capped.privacy_record()["epsilon"] == spent

@@ -9,19 +9,28 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
+from typing import Any
 
-from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent, SelfComposedDpEvent
+from dp_accounting import (
+    DpEvent,
+    GaussianDpEvent,
+    LaplaceDpEvent,
+    NeighboringRelation,
+    PoissonSampledDpEvent,
+    SelfComposedDpEvent,
+)
 from dp_accounting.mechanism_calibration import ExplicitBracketInterval, calibrate_dp_mechanism
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
+from peft_dpzero.config import MECHANISMS, DPZeroConfig
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.mechanism.pure import laplace_epsilon, laplace_noise_multiplier
+from peft_dpzero.mechanism.pure import LARGEST_LOSS, laplace_epsilon, laplace_noise_multiplier
 
-ACCOUNTANT = "dp_accounting.pld.PLDAccountant"
 # The accountant's grid on the privacy loss. Its rounding is pessimistic, so a coarse grid overstates ε.
 INTERVAL = 1e-4
 COARSE_INTERVAL = 1e-3
@@ -35,85 +44,7 @@ TOLERANCE = 1e-3
 SPENT, MOST_NOISE = 0.995, 100.0
 # Integer Rényi orders: their closed form always converges, and they only bracket PLD's answer.
 _RDP_ORDERS = [*range(2, 64), 96, 128, 256, 512, 1024]
-
-
-def accountant_version() -> str:
-    """dp-accounting's version."""
-    return version("dp-accounting")
-
-
-def discretization_interval(noise_multiplier: float, interval: float = INTERVAL) -> float:
-    """The grid that PLD takes at σ: coarser below σ = 0.1, where ε is huge and the fine grid has millions of points."""
-    return max(interval, 1e-6 / noise_multiplier**2) if noise_multiplier else interval
-
-
-@lru_cache(maxsize=1024)
-def epsilon(
-    noise_multiplier: float,
-    sample_rate: float,
-    steps: int,
-    delta: float,
-    neighboring: str = "add_or_remove_one",
-    interval: float = INTERVAL,
-) -> float:
-    """The ε that T = `steps` releases cost at `delta`, an upper bound proven by PLD; inf if σ is 0."""
-    if steps == 0:
-        return 0.0
-    if noise_multiplier == 0:
-        return math.inf
-    accountant = PLDAccountant(
-        RELATIONS[neighboring], value_discretization_interval=discretization_interval(noise_multiplier, interval)
-    )
-    accountant.compose(_event(noise_multiplier, sample_rate, steps))
-    return float(accountant.get_epsilon(delta))
-
-
-@lru_cache(maxsize=64)
-def calibrate_noise_multiplier(
-    target_epsilon: float,
-    target_delta: float,
-    sample_rate: float,
-    steps: int,
-    neighboring: str = "add_or_remove_one",
-    interval: float = INTERVAL,
-) -> float:
-    """The smallest σ, to 0.1 %, for which PLD proves `target_epsilon` on a grid of `interval`.
-
-    RDP brackets the answer from above in milliseconds; PLD then searches inside the bracket only, since its cost
-    explodes as σ shrinks.
-
-    Raises:
-        DPZeroError: no σ below 10⁶ gives the target.
-    """
-
-    def proven(sigma: float) -> float:
-        return epsilon(sigma, sample_rate, steps, target_delta, neighboring, interval)
-
-    high = _rdp_noise_multiplier(target_epsilon, target_delta, sample_rate, steps)
-    if neighboring == "replace_one":
-        high *= 2
-    low = high
-    while proven(low) <= target_epsilon:
-        high, low = low, low * 0.85
-        if low < 1e-3:
-            return high
-    while proven(high) > target_epsilon:
-        low, high = high, high * 1.3
-        if high > 1e6:
-            raise DPZeroError(
-                f"No noise gives ε={target_epsilon:g} at δ={target_delta:g} over {steps} steps: raise target_epsilon "
-                "or target_delta, or take fewer steps."
-            )
-    return float(
-        calibrate_dp_mechanism(
-            lambda: PLDAccountant(RELATIONS[neighboring], value_discretization_interval=interval),
-            lambda sigma: _event(sigma, sample_rate, steps),
-            target_epsilon,
-            target_delta,
-            bracket_interval=ExplicitBracketInterval(low, high),
-            tol=TOLERANCE * low,
-        )
-    )
+_EVENT_NAME = "poisson_sampled_discrete_"
 
 
 @dataclass(frozen=True)
@@ -125,121 +56,193 @@ class Segment:
     steps: int
 
 
-@lru_cache(maxsize=1024)
-def epsilon_of(
-    segments: tuple[Segment, ...],
-    delta: float,
-    neighboring: str = "add_or_remove_one",
-    interval: float = INTERVAL,
-    mechanism: str = "gaussian",
-) -> float:
-    """The ε that all `segments` together cost at `delta`, an upper bound; inf if one has no noise.
+@dataclass(frozen=True)
+class Accountant:
+    """Proves what releases cost. Two of its answers can be compared, since they are about the same guarantee.
 
-    Proven by PLD for Gaussian noise; for Laplace noise, at δ = 0, it is the sum of the largest losses (`pure.py`).
+    Attributes:
+        neighboring: which data sets are neighbors.
+        delta: δ; 0 with Laplace noise.
+        mechanism: "gaussian" or "laplace".
+        interval: the grid on the privacy loss.
     """
-    segments = tuple(segment for segment in segments if segment.steps)
-    if mechanism == "laplace":
-        return sum(laplace_epsilon(s.noise_multiplier, s.sample_rate, s.steps, neighboring) for s in segments)
-    if len(segments) < 2 or any(segment.noise_multiplier == 0 for segment in segments):
-        alone = [epsilon(s.noise_multiplier, s.sample_rate, s.steps, delta, neighboring, interval) for s in segments]
-        return max(alone, default=0.0)
-    grid = max(discretization_interval(segment.noise_multiplier, interval) for segment in segments)
-    accountant = PLDAccountant(RELATIONS[neighboring], value_discretization_interval=grid)
-    for segment in segments:
-        accountant.compose(_event(segment.noise_multiplier, segment.sample_rate, segment.steps))
-    return float(accountant.get_epsilon(delta))
 
+    neighboring: str
+    delta: float
+    mechanism: str
+    interval: float = INTERVAL
 
-def rdp_epsilon_of(segments: tuple[Segment, ...], delta: float, neighboring: str = "add_or_remove_one") -> float:
-    """A second, looser bound on the same ε, by Rényi DP.
+    def __post_init__(self) -> None:
+        if self.neighboring not in RELATIONS or self.mechanism not in MECHANISMS:
+            raise ValueError(f"Nothing is proven for {self.mechanism!r} noise under {self.neighboring!r}.")
 
-    Raises:
-        dp_accounting.UnsupportedEventError: RDP does not cover these events.
-    """
-    accountant = RdpAccountant(_RDP_ORDERS, RELATIONS[neighboring])
-    for segment in segments:
-        accountant.compose(_event(segment.noise_multiplier, segment.sample_rate, segment.steps))
-    return float(accountant.get_epsilon(delta))
+    @classmethod
+    def of(cls, config: DPZeroConfig, interval: float = INTERVAL) -> Accountant:
+        """The accountant of the guarantee that `config` asks for."""
+        assert config.target_delta is not None
+        return cls(config.neighboring, config.target_delta, config.mechanism, interval)
 
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Accountant:
+        """The accountant of the guarantee that a privacy record claims."""
+        return cls(record["neighboring"], record["delta"], record["mechanism"].removeprefix(_EVENT_NAME))
 
-def calibrate_after(
-    spent: tuple[Segment, ...],
-    target_epsilon: float,
-    target_delta: float,
-    sample_rate: float,
-    steps: int,
-    neighboring: str = "add_or_remove_one",
-    mechanism: str = "gaussian",
-) -> float:
-    """The smallest σ, to 0.1 %, with which `steps` more releases after `spent` stay within `target_epsilon`.
+    @property
+    def event_name(self) -> str:
+        """What one release is, in the record's words."""
+        return _EVENT_NAME + self.mechanism
 
-    Raises:
-        DPZeroError: `spent` leaves next to nothing.
-    """
-    before = epsilon_of(spent, target_delta, neighboring, mechanism=mechanism)
-    too_little = DPZeroError(
-        f"The releases made so far cost ε={before:.4g} of target_epsilon={target_epsilon:g}, which leaves too "
-        f"little for {steps} more: raise target_epsilon."
-    )
-    if before >= SPENT * target_epsilon:
-        raise too_little
-    if mechanism == "laplace":
-        return laplace_noise_multiplier(target_epsilon - before, sample_rate, steps, neighboring)
-    # Alone they would need at least this much.
-    alone = calibrate_noise_multiplier(target_epsilon, target_delta, sample_rate, steps, neighboring)
-    if not spent:
-        return alone
-    prior = PLDAccountant(RELATIONS[neighboring], value_discretization_interval=INTERVAL)
-    for segment in spent:
-        prior.compose(_event(segment.noise_multiplier, segment.sample_rate, segment.steps))
+    def describe(self, segments: Iterable[Segment]) -> dict[str, Any]:
+        """How `epsilon` treats `segments`, JSON-ready."""
+        if self.mechanism == "laplace":
+            return {"name": "sum of the releases' largest privacy losses", "per_step": LARGEST_LOSS[self.neighboring]}
+        return {
+            "name": "dp_accounting.pld.PLDAccountant",
+            "version": version("dp-accounting"),
+            "value_discretization_interval": self._grid(segment.noise_multiplier for segment in segments),
+        }
 
-    def proven(sigma: float) -> bool:
-        accountant = copy.deepcopy(prior).compose(_event(sigma, sample_rate, steps))
-        return bool(accountant.get_epsilon(target_delta) <= target_epsilon)
+    def epsilon(self, segments: Iterable[Segment]) -> float:
+        """The ε that all `segments` together cost, an upper bound; inf if one has no noise.
 
-    low, high = alone, 2 * alone
-    while high <= MOST_NOISE * alone and not proven(high):
-        low, high = high, high * 2
-    if high > MOST_NOISE * alone:
-        raise too_little
-    while high - low > TOLERANCE * low:
-        middle = (low + high) / 2
-        low, high = (low, middle) if proven(middle) else (middle, high)
-    return high
+        Proven by PLD for Gaussian noise; for Laplace noise, at δ = 0, it is the sum of the largest losses (`pure.py`).
+        """
+        segments = tuple(segment for segment in segments if segment.steps)
+        if any(segment.noise_multiplier == 0 for segment in segments):
+            return math.inf
+        if self.mechanism == "laplace":
+            return sum(laplace_epsilon(s.noise_multiplier, s.sample_rate, s.steps, self.neighboring) for s in segments)
+        return _pld_epsilon(self, segments) if segments else 0.0
 
+    def rdp_epsilon(self, segments: Iterable[Segment]) -> float:
+        """A second, looser bound on the same ε, by Rényi DP.
 
-def affordable_steps(
-    spent: tuple[Segment, ...],
-    target_epsilon: float,
-    target_delta: float,
-    segment: Segment,
-    neighboring: str,
-    mechanism: str = "gaussian",
-) -> int:
-    """How many of `segment`'s releases fit within `target_epsilon` after `spent`: the next one would pass it."""
+        Raises:
+            dp_accounting.UnsupportedEventError: RDP does not cover these events.
+        """
+        accountant = RdpAccountant(_RDP_ORDERS, RELATIONS[self.neighboring])
+        for segment in segments:
+            accountant.compose(self._event(segment))
+        return float(accountant.get_epsilon(self.delta))
 
-    def fits(steps: int) -> bool:
-        more = Segment(segment.noise_multiplier, segment.sample_rate, steps)
-        return epsilon_of((*spent, more), target_delta, neighboring, mechanism=mechanism) <= target_epsilon
+    def noise_multiplier(
+        self, target_epsilon: float, sample_rate: float, steps: int, spent: tuple[Segment, ...] = ()
+    ) -> float:
+        """The smallest σ, to 0.1 %, with which `steps` more releases after `spent` stay within `target_epsilon`.
 
-    low, high = 0, segment.steps
-    if fits(high):
+        Raises:
+            DPZeroError: `spent` leaves next to nothing, or no σ below 10⁶ gives the target.
+        """
+        before = self.epsilon(spent)
+        too_little = DPZeroError(
+            f"The releases made so far cost ε={before:.4g} of target_epsilon={target_epsilon:g}, which leaves too "
+            f"little for {steps} more: raise target_epsilon."
+        )
+        if before >= SPENT * target_epsilon:
+            raise too_little
+        if self.mechanism == "laplace":
+            return laplace_noise_multiplier(target_epsilon - before, sample_rate, steps, self.neighboring)
+        # Alone they would need at least this much.
+        alone = _pld_noise_multiplier(self, target_epsilon, sample_rate, steps)
+        if not spent:
+            return alone
+        prior = self._composed(spent, alone)
+
+        def proven(sigma: float) -> bool:
+            accountant = copy.deepcopy(prior).compose(self._event(Segment(sigma, sample_rate, steps)))
+            return bool(accountant.get_epsilon(self.delta) <= target_epsilon)
+
+        low, high = alone, 2 * alone
+        while high <= MOST_NOISE * alone and not proven(high):
+            low, high = high, high * 2
+        if high > MOST_NOISE * alone:
+            raise too_little
+        while high - low > TOLERANCE * low:
+            middle = (low + high) / 2
+            low, high = (low, middle) if proven(middle) else (middle, high)
         return high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+
+    def affordable_steps(self, target_epsilon: float, segment: Segment, spent: tuple[Segment, ...] = ()) -> int:
+        """How many of `segment`'s releases fit within `target_epsilon` after `spent`: the next one would pass it."""
+
+        def fits(steps: int) -> bool:
+            more = Segment(segment.noise_multiplier, segment.sample_rate, steps)
+            return self.epsilon((*spent, more)) <= target_epsilon
+
+        low, high = 0, segment.steps
+        if fits(high):
+            return high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+    def _grid(self, noise_multipliers: Iterable[float]) -> float:
+        """Coarser below σ = 0.1, where ε is huge and the fine grid has millions of points."""
+        return max((self.interval, *(1e-6 / sigma**2 for sigma in noise_multipliers if sigma)))
+
+    def _composed(self, segments: Iterable[Segment], *later: float) -> PLDAccountant:
+        """PLD's account of `segments`, on a grid that also suits the noise multipliers that come `later`."""
+        segments = tuple(segments)
+        grid = self._grid((*(segment.noise_multiplier for segment in segments), *later))
+        accountant = PLDAccountant(RELATIONS[self.neighboring], value_discretization_interval=grid)
+        for segment in segments:
+            accountant.compose(self._event(segment))
+        return accountant
+
+    def _event(self, segment: Segment) -> DpEvent:
+        release = LaplaceDpEvent if self.mechanism == "laplace" else GaussianDpEvent
+        sampled = PoissonSampledDpEvent(segment.sample_rate, release(segment.noise_multiplier))
+        return SelfComposedDpEvent(sampled, segment.steps)
 
 
-def _event(noise_multiplier: float, sample_rate: float, steps: int) -> SelfComposedDpEvent:
-    return SelfComposedDpEvent(PoissonSampledDpEvent(sample_rate, GaussianDpEvent(noise_multiplier)), steps)
+@lru_cache(maxsize=1024)
+def _pld_epsilon(accountant: Accountant, segments: tuple[Segment, ...]) -> float:
+    return float(accountant._composed(segments).get_epsilon(accountant.delta))
 
 
-def _rdp_noise_multiplier(target_epsilon: float, target_delta: float, sample_rate: float, steps: int) -> float:
+@lru_cache(maxsize=64)
+def _pld_noise_multiplier(accountant: Accountant, target_epsilon: float, sample_rate: float, steps: int) -> float:
+    """The smallest σ, to 0.1 %, for which PLD proves `target_epsilon`.
+
+    RDP brackets the answer from above in milliseconds; PLD then searches inside the bracket only, since its cost
+    explodes as σ shrinks.
+    """
+
+    def proven(sigma: float) -> float:
+        return accountant.epsilon((Segment(sigma, sample_rate, steps),))
+
+    high = _rdp_noise_multiplier(accountant, target_epsilon, sample_rate, steps)
+    low = high
+    while proven(low) <= target_epsilon:
+        high, low = low, low * 0.85
+        if low < 1e-3:
+            return high
+    while proven(high) > target_epsilon:
+        low, high = high, high * 1.3
+        if high > 1e6:
+            raise DPZeroError(
+                f"No noise gives ε={target_epsilon:g} at δ={accountant.delta:g} over {steps} steps: raise "
+                "target_epsilon or target_delta, or take fewer steps."
+            )
+    return float(
+        calibrate_dp_mechanism(
+            lambda: accountant._composed((), low),
+            lambda sigma: accountant._event(Segment(sigma, sample_rate, steps)),
+            target_epsilon,
+            accountant.delta,
+            bracket_interval=ExplicitBracketInterval(low, high),
+            tol=TOLERANCE * low,
+        )
+    )
+
+
+def _rdp_noise_multiplier(accountant: Accountant, target_epsilon: float, sample_rate: float, steps: int) -> float:
+    """About the smallest σ for which RDP proves `target_epsilon`; under `replace_one`, twice add-or-remove's."""
+    adding = Accountant("add_or_remove_one", accountant.delta, accountant.mechanism)
+
     def enough(sigma: float) -> bool:
-        accountant = RdpAccountant(_RDP_ORDERS)
-        accountant.compose(_event(sigma, sample_rate, steps))
-        return bool(accountant.get_epsilon(target_delta) <= target_epsilon)
+        return adding.rdp_epsilon((Segment(sigma, sample_rate, steps),)) <= target_epsilon
 
     sigma = 1.0
     while not enough(sigma) and sigma < 1e6:
@@ -251,4 +254,4 @@ def _rdp_noise_multiplier(target_epsilon: float, target_delta: float, sample_rat
     while high / low > 1.02:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
+    return high * (2 if accountant.neighboring == "replace_one" else 1)

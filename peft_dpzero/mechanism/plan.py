@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.mechanism.accountant import INTERVAL, Segment, affordable_steps, calibrate_after, epsilon_of
+from peft_dpzero.mechanism.accountant import INTERVAL, Accountant, Segment
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,7 @@ class PrivacyPlan:
         """The ε that `steps` releases (all T by default) cost; inf where nothing is guaranteed."""
         if not self.config.is_private:
             return math.inf
-        assert self.config.target_delta is not None
-        return epsilon_of(
-            self.segments(steps), self.config.target_delta, self.config.neighboring, interval, self.config.mechanism
-        )
+        return Accountant.of(self.config, interval).epsilon(self.segments(steps))
 
     def segments(self, steps: int | None = None) -> tuple[Segment, ...]:
         """What the first `steps` releases (all T by default) are made of."""
@@ -101,25 +98,21 @@ def make_plan(
             f"The logical batch ({expected_batch_size} = per_device_train_batch_size × gradient_accumulation_steps × "
             f"processes) is larger than the data ({num_units} {noun}): lower one of them."
         )
-    delta = config.target_delta
-    assert delta is not None
-    if config.is_private and delta >= 1 / num_units:
+    accountant = Accountant.of(config)
+    if config.is_private and accountant.delta >= 1 / num_units:
         raise DPZeroError(
-            f"target_delta={delta:g} is not below 1/N = {1 / num_units:.3g}: such a δ would allow "
+            f"target_delta={accountant.delta:g} is not below 1/N = {1 / num_units:.3g}: such a δ would allow "
             f"publishing somebody's data outright. Use at most {0.1 / num_units:.1g}."
         )
     sample_rate = expected_batch_size / num_units
     first = sum(segment.steps for segment in spent)
     if config.noise_multiplier is None:
         assert config.target_epsilon is not None
-        budget = config.target_epsilon, delta, sample_rate, steps - first, config.neighboring, config.mechanism
-        sigma = calibrate_after(spent, *budget)
+        sigma = accountant.noise_multiplier(config.target_epsilon, sample_rate, steps - first, spent)
         config = config.replace(target_epsilon=None, noise_multiplier=sigma)
     elif config.target_epsilon is not None:
         wanted = Segment(config.noise_multiplier, sample_rate, steps - first)
-        steps = first + affordable_steps(
-            spent, config.target_epsilon, delta, wanted, config.neighboring, config.mechanism
-        )
+        steps = first + accountant.affordable_steps(config.target_epsilon, wanted, spent)
         if steps == first:
             raise DPZeroError(
                 f"Not one {'more ' if spent else ''}step with noise_multiplier={config.noise_multiplier:g} stays "

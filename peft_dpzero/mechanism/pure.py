@@ -8,6 +8,12 @@ from __future__ import annotations
 
 import math
 
+# One release's largest loss, in words that a record can carry.
+LARGEST_LOSS = {
+    "add_or_remove_one": "log(1 - q + q * exp(1 / noise_multiplier))",
+    "replace_one": "log((1 - q + q * exp(1 / noise_multiplier)) / (1 - q + q * exp(-1 / noise_multiplier)))",
+}
+
 
 def laplace_epsilon(noise_multiplier: float, sample_rate: float, steps: int, neighboring: str) -> float:
     """ε of T releases of scale b·C at rate q, b = `noise_multiplier`.

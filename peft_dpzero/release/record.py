@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from peft_dpzero.mechanism.accountant import ACCOUNTANT, accountant_version, discretization_interval
+from peft_dpzero.mechanism.accountant import Accountant
 from peft_dpzero.mechanism.clipping import SENSITIVITY
 from peft_dpzero.mechanism.plan import PrivacyPlan
 
@@ -33,7 +33,7 @@ def privacy_record(plan: PrivacyPlan, steps: int, losses: Mapping[int, float] | 
     one's. `losses` are the private mean losses, by the number of steps done.
     """
     config = plan.config
-    spent = plan.epsilon(steps)
+    accountant, spent = Accountant.of(config), plan.epsilon(steps)
     return {
         "format_version": 1,
         "guarantee": _guarantee(plan),
@@ -45,12 +45,12 @@ def privacy_record(plan: PrivacyPlan, steps: int, losses: Mapping[int, float] | 
         "segments": [asdict(segment) for segment in plan.segments(steps)],
         "planned_steps": plan.steps,
         "neighboring": config.neighboring,
-        "mechanism": f"poisson_sampled_discrete_{config.mechanism}",
+        "mechanism": accountant.event_name,
         "sampling": "poisson",
         "privacy_unit": config.privacy_unit or "example",
         "row_independence": "asserted by the user" if config.rows_asserted_independent else "by construction",
         "max_examples_per_unit": config.max_examples_per_unit if config.privacy_unit else None,
-        "accountant": _accountant(plan),
+        "accountant": accountant.describe(plan.segments()),
         "deterministic": config.deterministic,
         "expected_batch_size": plan.expected_batch_size,
         "clipping": config.clipping,
@@ -68,20 +68,6 @@ def privacy_record(plan: PrivacyPlan, steps: int, losses: Mapping[int, float] | 
         "not_covered": _not_covered(plan),
         "versions": {name: version(name) for name in ("peft_dpzero", "torch", "transformers", "peft", "opendp")},
     }
-
-
-_LARGEST_LOSS = {
-    "add_or_remove_one": "log(1 - q + q * exp(1 / noise_multiplier))",
-    "replace_one": "log((1 - q + q * exp(1 / noise_multiplier)) / (1 - q + q * exp(-1 / noise_multiplier)))",
-}
-
-
-def _accountant(plan: PrivacyPlan) -> dict[str, Any]:
-    if plan.config.mechanism == "laplace":
-        formula = _LARGEST_LOSS[plan.config.neighboring]
-        return {"name": "sum of the releases' largest privacy losses", "per_step": formula}
-    interval = max(discretization_interval(segment.noise_multiplier) for segment in plan.segments())
-    return {"name": ACCOUNTANT, "version": accountant_version(), "value_discretization_interval": interval}
 
 
 def save_record(record: dict[str, Any], folder: Path) -> Path:

@@ -18,7 +18,7 @@ from torch import nn
 
 from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.mechanism.accountant import Segment, epsilon_of, rdp_epsilon_of
+from peft_dpzero.mechanism.accountant import Accountant, Segment
 from peft_dpzero.perturbation import Perturbation
 from peft_dpzero.release.base import load_start_model
 from peft_dpzero.release.bundle import fetch_release, is_released
@@ -133,7 +133,7 @@ def _guarantee(evidence: _Evidence) -> str:
 
 def _epsilon_by_pld(evidence: _Evidence) -> str:
     claimed = _claimed(evidence)
-    proven = epsilon_of(evidence.segments, evidence.record["delta"], evidence.record["neighboring"])
+    proven = Accountant.of_record(evidence.record).epsilon(evidence.segments)
     if abs(proven - claimed) > EPSILON_TOLERANCE * max(1.0, proven):
         raise Failed(f"the record claims ε = {claimed:.6g}; its own numbers give {proven:.6g}")
     return f"ε = {proven:.6g}, as recorded"
@@ -142,7 +142,7 @@ def _epsilon_by_pld(evidence: _Evidence) -> str:
 def _epsilon_by_rdp(evidence: _Evidence) -> str:
     claimed = _claimed(evidence)
     try:
-        bound = rdp_epsilon_of(evidence.segments, evidence.record["delta"], evidence.record["neighboring"])
+        bound = Accountant.of_record(evidence.record).rdp_epsilon(evidence.segments)
     except UnsupportedEventError:
         raise Skipped("Rényi DP does not cover this mechanism under this relation") from None
     if claimed > bound * (1 + EPSILON_TOLERANCE):

@@ -8,7 +8,7 @@ cent of the claim, so that a mechanism that leaks a little more than it says is 
 from __future__ import annotations
 
 import pytest
-from peft_dpzero.mechanism.accountant import epsilon
+from peft_dpzero.mechanism.accountant import Accountant, Segment
 
 from attackers import audited_epsilon
 
@@ -19,6 +19,7 @@ SCENARIOS = {
     "four releases of samples": {"sample_rate": 0.5, "steps": 4, "sigma": 0.8},
 }
 DELTA = 0.1
+ACCOUNTANT = Accountant("add_or_remove_one", DELTA, "gaussian")
 RUNS = 7500
 # 95 % for all repetitions of all scenarios at once.
 CONFIDENCE = 1 - 0.05 / (REPETITIONS * len(SCENARIOS))
@@ -28,6 +29,6 @@ CONFIDENCE = 1 - 0.05 / (REPETITIONS * len(SCENARIOS))
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_the_lower_bound_lies_below_the_claim_and_above_half_of_it(scenario: str, repetition: int) -> None:
     values = SCENARIOS[scenario]
-    claim = epsilon(values["sigma"], values["sample_rate"], int(values["steps"]), DELTA)
+    claim = ACCOUNTANT.epsilon([Segment(values["sigma"], values["sample_rate"], int(values["steps"]))])
     found = audited_epsilon(values["sample_rate"], int(values["steps"]), values["sigma"], DELTA, CONFIDENCE, count=RUNS)
     assert claim / 2 < found < claim

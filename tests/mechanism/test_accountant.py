@@ -8,7 +8,9 @@ import dp_accounting
 import pytest
 from dp_accounting.pld import PLDAccountant
 from peft_dpzero import DPZeroConfig, DPZeroError, make_plan, privacy_record
-from peft_dpzero.mechanism.accountant import calibrate_noise_multiplier, epsilon
+from peft_dpzero.mechanism.accountant import Accountant, Segment
+
+ACCOUNTANT = Accountant("add_or_remove_one", 1e-5, "gaussian")
 
 
 @pytest.mark.parametrize(
@@ -16,13 +18,20 @@ from peft_dpzero.mechanism.accountant import calibrate_noise_multiplier, epsilon
     [(1 / 16, 10_000, 2.0, 12.497), (1 / 128, 2_000, 2.0, 0.993), (0.008, 20_000, 2.0, 2.373)],
 )
 def test_calibration_finds_the_smallest_noise(rate: float, steps: int, target: float, smallest: float) -> None:
-    sigma = calibrate_noise_multiplier(target, 1e-5, rate, steps)
+    sigma = ACCOUNTANT.noise_multiplier(target, rate, steps)
     assert sigma == pytest.approx(smallest, rel=5e-3)
-    assert epsilon(sigma, rate, steps, 1e-5) <= target
+    assert ACCOUNTANT.epsilon([Segment(sigma, rate, steps)]) <= target
 
 
 def test_replacing_one_example_has_twice_the_sensitivity() -> None:
-    assert epsilon(2.0, 1.0, 1, 1e-5, "replace_one") == pytest.approx(epsilon(1.0, 1.0, 1, 1e-5), rel=1e-3)
+    replacing = Accountant("replace_one", 1e-5, "gaussian").epsilon([Segment(2.0, 1.0, 1)])
+    assert replacing == pytest.approx(ACCOUNTANT.epsilon([Segment(1.0, 1.0, 1)]), rel=1e-3)
+
+
+@pytest.mark.parametrize(("neighboring", "mechanism"), [("replace_two", "gaussian"), ("replace_one", "uniform")])
+def test_nothing_is_proven_of_what_is_unknown(neighboring: str, mechanism: str) -> None:
+    with pytest.raises(ValueError, match="Nothing is proven"):
+        Accountant(neighboring, 1e-5, mechanism)
 
 
 @pytest.mark.parametrize("neighboring", ["add_or_remove_one", "replace_one"])

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft_dpzero.mechanism.accountant as accountant
 import torch
 from peft_dpzero import DPZeroTrainer, LogicalBatches, Perturbation, PoissonSampler, Shapes, new_secret
+from peft_dpzero.mechanism.accountant import Accountant, Segment
 from peft_dpzero.mechanism.clipping import SENSITIVITY
 from peft_dpzero.mechanism.private_sum import PrivateDifferences, PrivateSum
 from peft_dpzero.release.optimizer import DPZeroOptimizer
@@ -24,6 +24,7 @@ from tiny import arguments, drawn_values, tiny_dataset, tiny_model
 # False alarms of each statistical check below one in a million.
 ALARM = 1e-6
 DELTA = 0.1
+ACCOUNTANT = Accountant("add_or_remove_one", DELTA, "gaussian")
 
 
 def fix_every_seed() -> None:
@@ -39,12 +40,12 @@ def release(rows: Any, step: int = 0, **changes: object) -> Any:
 
 
 def audit_of_a_release_stays_below_the_claim() -> None:
-    claim = accountant.epsilon(1.0, 1.0, 1, DELTA)
+    claim = ACCOUNTANT.epsilon([Segment(1.0, 1.0, 1)])
     assert audited_epsilon(1.0, 1, 1.0, DELTA, 1 - ALARM, count=6000) <= claim
 
 
 def audit_of_a_sampled_run_stays_below_the_claim() -> None:
-    claim = accountant.epsilon(0.8, 0.5, 4, DELTA)
+    claim = ACCOUNTANT.epsilon([Segment(0.8, 0.5, 4)])
     assert audited_epsilon(0.5, 4, 0.8, DELTA, 1 - ALARM, count=3000) <= claim
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import detectors
 import numpy as np
-import peft_dpzero.mechanism.accountant as accountant
 import peft_dpzero.mechanism.private_sum as private_sum
 import peft_dpzero.trainer as trainer
 import pytest
 import torch
 from peft_dpzero.estimation.batching import LogicalBatches
 from peft_dpzero.estimation.sampling import PoissonSampler, seeded_secret
+from peft_dpzero.mechanism.accountant import Accountant, Segment
 from peft_dpzero.mechanism.clipping import SENSITIVITY, clip_to_grid
 from peft_dpzero.mechanism.contribution import Contributions
 from peft_dpzero.mechanism.noise import ExactNoise, SeededNoise
@@ -30,7 +30,7 @@ _batches, _update, _clip_to_grid, _epsilon = (
     LogicalBatches.draw,
     DPZeroOptimizer.step,
     clip_to_grid,
-    accountant.epsilon,
+    Accountant.epsilon,
 )
 
 
@@ -38,6 +38,10 @@ def _clip_by(patch: Patch, clip: Callable[[Tensor, float], Tensor]) -> None:
     patch.setattr(
         Contributions, "rows", lambda self, step, differences, losses, threshold: clip(differences, threshold)
     )
+
+
+def _account_for(patch: Patch, other: Callable[[Segment], Segment]) -> None:
+    patch.setattr(Accountant, "epsilon", lambda self, segments: _epsilon(self, [other(s) for s in segments]))
 
 
 def noise_halved(patch: Patch) -> None:
@@ -193,11 +197,11 @@ def release_kept_for_the_next_step(patch: Patch) -> None:
 
 
 def composition_not_accounted(patch: Patch) -> None:
-    patch.setattr(accountant, "epsilon", lambda sigma, q, steps, delta: _epsilon(sigma, q, 1, delta))
+    _account_for(patch, lambda segment: Segment(segment.noise_multiplier, segment.sample_rate, 1))
 
 
 def rate_understated_to_the_accountant(patch: Patch) -> None:
-    patch.setattr(accountant, "epsilon", lambda sigma, q, steps, delta: _epsilon(sigma, q / 2, steps, delta))
+    _account_for(patch, lambda segment: Segment(segment.noise_multiplier, segment.sample_rate / 2, segment.steps))
 
 
 @dataclass(frozen=True)

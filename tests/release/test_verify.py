@@ -61,6 +61,13 @@ def test_a_journal_release_is_checked_by_replaying_it(honest: Path, tmp_path: Pa
     assert statuses(release, honest / "base")["weights"] == "FAILED"
 
 
+def test_a_pure_release_is_accounted_as_one(tmp_path: Path) -> None:
+    trained(tmp_path, mechanism="laplace", target_delta=0, num_directions=1)
+    checks = {check.name: check for check in verify(tmp_path / "release")}
+    assert {name for name, check in checks.items() if check.status == "FAILED"} == set()
+    assert checks["ε by PLD"].status == "ok"
+
+
 def edited(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
