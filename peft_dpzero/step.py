@@ -18,12 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 
+from peft_dpzero.agreement import check_agreement
 from peft_dpzero.errors import DPZeroError, PrivateStepError
 from peft_dpzero.estimation.batching import LogicalBatches
 from peft_dpzero.estimation.differences import estimate_differences
@@ -49,6 +51,10 @@ class AcceleratedProcesses:
         """Sum over processes, on the CPU."""
         reduced = self.accelerator.reduce(tensor.to(self.accelerator.device), "sum")
         return torch.as_tensor(reduced).to("cpu")
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's `value`, in the order of their ranks."""
+        return list(gather_object([value]))
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """The first process's tensor, on the CPU."""
@@ -87,7 +93,8 @@ class PrivateStep:
         accelerator: for several processes.
 
     Raises:
-        DPZeroError: the processes that were launched are not all connected, or `batches` is sharded otherwise.
+        DPZeroError: the processes that were launched are not all connected or do not hold the same run, or `batches`
+            is sharded otherwise.
     """
 
     def __init__(
@@ -114,6 +121,8 @@ class PrivateStep:
         self.mechanism = PrivateSum(plan.config, plan.expected_batch_size, self.processes, plan.loss_interval)
         self.replayed = interpreted(segments, self.mechanism)
         check_processes(self.processes.count if self.processes else 1, batches.world_size)
+        if self.processes and self.processes.count > 1:
+            check_agreement(plan, batches, perturbation, len(self.replayed), self.processes.gather)
         if self.processes:
             share_parameters(perturbation, self.processes)
             batches.share_key(self.processes.broadcast)

@@ -3,7 +3,8 @@
 (`--multi_gpu` is what makes Accelerate start several processes, also for CPUs.)
 
 Trains a tiny model under DPZeroTrainer, whole and with an interruption, and leaves what this rank ended with in OUT.
-`--die exit|raise` makes the last rank fail at step 5 instead.
+`--die exit|raise` makes the last rank fail at step 5 instead. `--disagree` gives it another run in several ways, and
+leaves what each rank raised.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft_dpzero import DPZeroConfig, DPZeroTrainer
+from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -95,17 +97,25 @@ def fail(control: Any) -> None:
     raise ValueError("this rank fails")
 
 
-def lora_model(seed: int) -> PeftModel:
+def lora_model(seed: int, r: int = 2) -> PeftModel:
     """The same base model for every seed, with an adapter that differs."""
     base = tiny.tiny_model("classifier")
     torch.manual_seed(seed)
     return get_peft_model(
         base,
-        LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=["classifier"], init_lora_weights=False),
+        LoraConfig(r=r, target_modules=["query", "value"], modules_to_save=["classifier"], init_lora_weights=False),
     )
 
 
-def make_trainer(folder: Path, world_size: int, rank: int = 0, **kwargs: Any) -> CountingTrainer:
+def make_trainer(
+    folder: Path,
+    world_size: int,
+    rank: int = 0,
+    dataset: Dataset | None = None,
+    model: PeftModel | None = None,
+    threshold: float = 1.0,
+    **kwargs: Any,
+) -> CountingTrainer:
     arguments: TrainingArguments = tiny.arguments(
         folder,
         max_steps=STEPS,
@@ -120,11 +130,31 @@ def make_trainer(folder: Path, world_size: int, rank: int = 0, **kwargs: Any) ->
         noise_multiplier=0.5,
         target_delta=1e-3,
         num_directions=NUM_DIRECTIONS,
-        clipping_threshold=1.0,
+        clipping_threshold=threshold,
         deterministic=True,
     )
-    dataset = tiny.tiny_dataset("classifier", count=48)
-    return CountingTrainer(lora_model(seed=rank), arguments, train_dataset=dataset, dpzero_config=config, **kwargs)
+    dataset = dataset or tiny.tiny_dataset("classifier", count=48)
+    model = model or lora_model(seed=rank)
+    return CountingTrainer(model, arguments, train_dataset=dataset, dpzero_config=config, **kwargs)
+
+
+def disagreements(folder: Path, world_size: int, rank: int) -> dict[str, str]:
+    """What this rank raises if the last one has something else than the others."""
+    rows = tiny.tiny_dataset("classifier", count=48)
+    other: dict[str, dict[str, Any]] = {
+        "shuffle": {"dataset": rows.shuffle()},
+        "rows": {"dataset": rows.select(range(40))},
+        "settings": {"threshold": 2.0},
+        "adapter": {"model": lora_model(seed=rank, r=3)},
+    }
+    raised = {}
+    for kind, changes in other.items():
+        trainer = make_trainer(folder / kind, world_size, rank, **(changes if rank == world_size - 1 else {}))
+        try:
+            trainer.train()
+        except DPZeroError as error:
+            raised[kind] = str(error)
+    return raised
 
 
 def trained(trainer: DPZeroTrainer) -> dict[str, Tensor]:
@@ -143,6 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--die", choices=["exit", "raise"])
+    parser.add_argument("--disagree", action="store_true")
     options = parser.parse_args()
     out: Path = options.out
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -151,6 +182,10 @@ def main() -> None:
         action = {"exit": leave, "raise": fail}[options.die]
         callbacks = [AtStep(DIES_AT, action)] if rank == world_size - 1 else []
         make_trainer(out / "dying", world_size, rank, callbacks=callbacks).train()
+        return
+
+    if options.disagree:
+        (out / f"raised-{rank}.json").write_text(json.dumps(disagreements(out, world_size, rank)))
         return
 
     trainer = make_trainer(out / "whole", world_size, rank)

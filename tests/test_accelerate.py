@@ -162,6 +162,21 @@ def test_unconnected_processes_are_refused(tmp_path: Path, monkeypatch: pytest.M
         )
 
 
+def test_ranks_with_different_runs_stop_before_the_first_release(tmp_path: Path) -> None:
+    result = launch(2, tmp_path, "--disagree")
+    assert result.returncode == 0, result.stderr[-3000:]
+    raised = [json.loads((tmp_path / f"raised-{rank}.json").read_text()) for rank in range(2)]
+    assert raised[0] == raised[1]
+    for kind, words in {
+        "shuffle": "shuffle with a fixed seed",
+        "rows": "num_units",
+        "settings": "clipping_threshold",
+        "adapter": "trainable parameters",
+    }.items():
+        assert words in raised[0][kind]
+        assert len((tmp_path / kind / "dpzero_journal").read_text().splitlines()) == 1
+
+
 def private_step(world_size: int, accelerator: Accelerator | None) -> PrivateStep:
     model = distributed_run.lora_model(seed=0)
     plan = make_plan(DPZeroConfig(noise_multiplier=1.0, target_delta=1e-3), 64, 8, 3)

@@ -17,11 +17,12 @@ LAYERS = (
     ("philox", "kernels", "forwards", "streaming", "directions", "perturbation"),
     ("mechanism", "release", "estimation"),
     (
-        *("architectures", "compiling", "guards", "offloading", "probe_causes", "probe_data", "probe_shortcuts", "probe"),
+        *("agreement", "architectures", "compiling", "guards", "offloading", "probe_causes", "probe_data"),
+        *("probe_shortcuts", "probe"),
         *("quantised", "saving"),
     ),
     ("step",),
-    ("resuming",),
+    ("reporting", "resuming"),
     ("trainer",),
 )
 # What is named nowhere is the command line's, or stands beside it: nothing below may import it.

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from peft_dpzero.estimation.sampling import PoissonSampler
+from peft_dpzero.estimation.fingerprint import order_digest
+from peft_dpzero.estimation.sampling import SECRET_BYTES, PoissonSampler
 from peft_dpzero.estimation.shapes import Row, Shapes, as_row, stacked_rows
 from peft_dpzero.estimation.units import Units
 
@@ -78,6 +79,13 @@ class LogicalBatches:
     def share_key(self, broadcast: Callable[[Tensor], Tensor]) -> None:
         """Gives every process the first one's sampling key, so that all draw the same logical batches."""
         self._sampler.share_key(broadcast)
+
+    def fingerprint(self) -> str:
+        """A digest of the data's size and order, whose each row is, and how it is sampled. The key is no part of it."""
+        with _generators_seeded(bytes(SECRET_BYTES)):
+            order = order_digest(self._dataset)
+        units = self._units.fingerprint() if self._units is not None else ""
+        return f"{len(self._dataset)} {order} {units} {self._sampler!r}"  # type: ignore[arg-type]
 
     def draw(self, step: int) -> LogicalBatch:
         """This process's share of the batch of `step`."""

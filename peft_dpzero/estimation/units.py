@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,13 @@ class Units:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over whose each row is."""
+        total = hashlib.sha256()
+        for rows in self._rows:
+            total.update(len(rows).to_bytes(8, "little") + rows.astype("<i8").tobytes())
+        return total.hexdigest()
 
     def choose(self, unit: int, generator: np.random.Generator) -> np.ndarray:
         """The unit's rows, or `max_examples` of them at random."""
