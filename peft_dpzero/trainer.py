@@ -34,7 +34,6 @@ from peft_dpzero.guards import (
     check_weights,
     fingerprint,
 )
-from peft_dpzero.mechanism.accountant import COARSE_INTERVAL
 from peft_dpzero.mechanism.plan import PrivacyPlan
 from peft_dpzero.offloading import bring_trained_into_memory, is_offloaded
 from peft_dpzero.perturbation import Perturbation
@@ -44,15 +43,13 @@ from peft_dpzero.quantised import check_quantisation, stack_4bit_products
 from peft_dpzero.release.journal import Journal, JournalSegment
 from peft_dpzero.release.optimizer import DPZeroOptimizer
 from peft_dpzero.release.record import privacy_record
+from peft_dpzero.reporting import ReportingMixin
 from peft_dpzero.resuming import ResumingMixin, checkpoint_step
 from peft_dpzero.saving import SavingMixin
 from peft_dpzero.step import PrivateStep
 
-# What the stock Trainer logs that would tell of the private data.
-_WITHHELD_LOGS = ("loss", "train_loss", "total_flos", "num_input_tokens_seen")
 
-
-class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
+class DPZeroTrainerMixin(SavingMixin, ResumingMixin, ReportingMixin):
     """Makes a `transformers.Trainer` subclass private: put it first among the bases.
 
     The logical batch is `per_device_train_batch_size × gradient_accumulation_steps × processes` on average;
@@ -102,6 +99,9 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
         args = copy.copy(args)
         args.gradient_accumulation_steps = 1
         args.max_grad_norm = 0.0
+        if not args.skip_memory_metrics:
+            warnings.warn("No memory metrics: what a step takes tells of its longest example.", stacklevel=2)
+            args.skip_memory_metrics = True
         # The probe, parameter names and saving want the plain model; the step runs the compiled one.
         self._compiled = model if is_compiled_module(model) else None
         super().__init__(model if self._compiled is None else model._orig_mod, args, *positional, **kwargs)
@@ -126,6 +126,8 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
         self._weights_step: int | None = None
         self._grad_norm = 0.0
         self._private_losses: dict[int, float] = {}
+        self._metric_prefixes = {"eval"}
+        self._left_out: set[str] = set()
 
     def privacy_record(self) -> dict[str, Any]:
         """The record of the releases made so far."""
@@ -158,11 +160,7 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
             output = super().train(checkpoint, *args, **kwargs)
         if self.state.global_step and fingerprint(self._perturbation()) == start:
             warnings.warn("Training did not move the trainable parameters: is the learning rate 0?", stacklevel=2)
-        if self.dpzero_config.train_loss == "nonprivate":
-            return output
-        metrics = {key: value for key, value in output.metrics.items() if key not in _WITHHELD_LOGS}
-        released = list(self._private_losses.values())
-        return TrainOutput(output.global_step, sum(released) / len(released) if released else math.nan, metrics)
+        return self._public_output(output)
 
     def _finished(self, checkpoint: str) -> TrainOutput:
         """Takes over the last step's checkpoint: the Trainer's loop would take one step more."""
@@ -311,29 +309,6 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin):
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: every trial would spend its own ε, and choosing among them spends more."""
         raise DPZeroError("hyperparameter_search would spend an ε a trial, unaccounted: tune on public data.")
-
-    # ---- What is logged ----
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As in the Trainer, less what is private, plus the ε spent so far (an upper bound)."""
-        if self.dpzero_config.train_loss != "nonprivate":
-            logs = {key: value for key, value in logs.items() if key not in _WITHHELD_LOGS}
-        if (loss := self._private_losses.get(self.state.global_step)) is not None and "learning_rate" in logs:
-            logs["loss"] = loss
-        logs.pop("total_flos", None)
-        if "learning_rate" in logs and self.is_world_process_zero():
-            logs["epsilon"] = self.privacy_plan.epsilon(self.state.global_step, COARSE_INTERVAL)
-        super().log(logs, *args, **kwargs)
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """0: the count would tell how many tokens were sampled."""
-        return 0
-
-    def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> None:
-        return None
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
-        return self._grad_norm
 
 
 class DPZeroTrainer(DPZeroTrainerMixin, Trainer):  # type: ignore[misc]

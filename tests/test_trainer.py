@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,45 @@ def test_evaluation_averages_the_per_example_losses(tmp_path: Path) -> None:
     wanted = -logits.log_softmax(1)[range(10), labels].mean()
     assert run.evaluate()["eval_loss"] == pytest.approx(float(wanted), rel=1e-5)
     assert torch.allclose(torch.tensor(run.predict(data).predictions).double(), logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("train_loss", ["withheld", "nonprivate"])
+def test_memory_is_neither_logged_nor_returned(train_loss: str, tmp_path: Path) -> None:
+    settings = {"logging_steps": 1, "skip_memory_metrics": False, "eval_dataset": tiny_dataset("classifier", 8)}
+    with pytest.warns(UserWarning, match="No memory metrics"):
+        run = trainer(tmp_path, dpzero=config(train_loss=train_loss), **settings)
+    output = run.train()
+    returned = [output.metrics, run.evaluate(), run.predict(settings["eval_dataset"]).metrics]
+    names = {name for log in [*run.state.log_history, *returned] for name in log}
+    assert "train_runtime" in output.metrics
+    assert not [name for name in names if "mem" in name]
+    assert ("train_loss" in output.metrics) == (train_loss == "nonprivate")
+
+
+def test_what_is_not_known_to_be_public_is_left_out_and_named_once(tmp_path: Path) -> None:
+    class Talkative(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            run.log({"longest_row": 512.0, "batch_size": 7.0, "train_mem_cpu_alloc_delta": 5.0, "learning_rate": 0.1})
+
+    data = tiny_dataset("classifier", 8)
+    run = trainer(tmp_path, callbacks=[Talkative()])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.train()
+        run.evaluate(data, metric_key_prefix="dev")
+        run.log({"dev_loss": 1.0, "dev_mem_gpu_peaked_delta": 1.0, "test_loss": 1.0})
+        run.evaluate(data, metric_key_prefix="train")
+        run.log({"train_loss": 1.0, "train_secret": 1.0})
+    named = [str(warning.message).partition(". What")[0] for warning in caught if "Not logged" in str(warning.message)]
+    assert named[0].endswith(": batch_size, longest_row, train_mem_cpu_alloc_delta")
+    assert named[1].endswith(": dev_mem_gpu_peaked_delta, test_loss")
+    assert sum("longest_row" in line for line in named) == 1
+    logged = {name for log in run.state.log_history for name in log}
+    assert logged == {
+        *("dev_loss", "dev_runtime", "dev_samples_per_second", "dev_steps_per_second"),
+        *("train_runtime", "train_samples_per_second", "train_steps_per_second"),
+        *("epoch", "epsilon", "learning_rate", "step"),
+    }
 
 
 def test_tensorboard_and_callbacks_see_what_is_public(tmp_path: Path) -> None:

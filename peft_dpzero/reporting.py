@@ -1,0 +1,112 @@
+"""What a private Trainer logs and returns: a list of what is allowed, since what a Trainer measures may be private."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers.trainer_utils import TrainOutput
+
+from peft_dpzero.config import DPZeroConfig
+from peft_dpzero.mechanism.accountant import COARSE_INTERVAL
+from peft_dpzero.mechanism.plan import PrivacyPlan
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Host
+else:
+    _Host = object
+
+# Released, public beforehand, or a time. `grad_norm` is the release's.
+_ALLOWED = frozenset(
+    (
+        *("epoch", "epsilon", "grad_norm", "learning_rate", "step"),
+        *("train_runtime", "train_samples_per_second", "train_steps_per_second"),
+    )
+)
+_LOSSES = frozenset(("loss", "train_loss"))
+# What the stock loop always reports; that it is left out needs no warning.
+_EXPECTED = _LOSSES | {"total_flos"}
+# The loop's own prefix: nothing passes by it.
+_LOOP = "train"
+
+
+class ReportingMixin(_Host):  # type: ignore[misc]
+    """Logs, metrics and what they are made of."""
+
+    dpzero_config: DPZeroConfig
+    _grad_norm: float
+    # By the number of steps done.
+    _private_losses: dict[int, float]
+    _metric_prefixes: set[str]
+    _left_out: set[str]
+
+    @property
+    def privacy_plan(self) -> PrivacyPlan:
+        """q, σ, T and what they cost."""
+        raise NotImplementedError
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As in the Trainer, less what is not known to be public, plus the ε spent so far (an upper bound).
+
+        What is logged: released values, the schedule, times, and metrics of evaluation and prediction by their prefix.
+        """
+        public = self._public(logs)
+        if "learning_rate" in logs:
+            if (loss := self._private_losses.get(self.state.global_step)) is not None:
+                public["loss"] = loss
+            if self.is_world_process_zero():
+                public["epsilon"] = self.privacy_plan.epsilon(self.state.global_step, COARSE_INTERVAL)
+        super().log(public, *args, **kwargs)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As `Trainer.evaluate`. Evaluation data is treated as public."""
+        self._metric_prefixes.add(metric_key_prefix)
+        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return metrics
+
+    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
+        """As `Trainer.predict`. The data is treated as public."""
+        self._metric_prefixes.add(metric_key_prefix)
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """0: the count would tell how many tokens were sampled."""
+        return 0
+
+    def _public_output(self, output: TrainOutput) -> TrainOutput:
+        """`output` with public metrics, and the mean of the released losses unless the raw one may be shown."""
+        loss = output.training_loss
+        if self.dpzero_config.train_loss != "nonprivate":
+            released = list(self._private_losses.values())
+            loss = sum(released) / len(released) if released else math.nan
+        return TrainOutput(output.global_step, loss, self._public(output.metrics))
+
+    def _public(self, logs: Mapping[str, float]) -> dict[str, float]:
+        public = {name: value for name, value in logs.items() if self._is_public(name)}
+        left_out = logs.keys() - public.keys() - _EXPECTED - self._left_out
+        if left_out:
+            self._left_out |= left_out
+            warnings.warn(
+                f"Not logged, since it may be private: {', '.join(sorted(left_out))}. What is logged is what was "
+                "released, and metrics of evaluation and prediction by their prefix.",
+                stacklevel=3,
+            )
+        return public
+
+    def _is_public(self, name: str) -> bool:
+        if name in _LOSSES:
+            return self.dpzero_config.train_loss == "nonprivate"
+        prefixes = self._metric_prefixes - {_LOOP}
+        measured = any(name.startswith(f"{prefix}_") for prefix in prefixes) and not name.startswith(f"{_LOOP}_")
+        return name in _ALLOWED or (measured and "_mem_" not in name and "memory" not in name)
+
+    def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> None:
+        return None
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
+        return self._grad_norm
