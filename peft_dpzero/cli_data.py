@@ -160,7 +160,8 @@ class Encoder:
 
     def _ids(self, values: Mapping[str, str]) -> list[int]:
         text = self.template.format(**{**values, **({MASK: self.mask_text} if self.mask_text else {})})
-        ids = list(self.tokenizer(text)["input_ids"])
+        # Not verbose: a tokenizer prints the length of a text that is too long for the model.
+        ids = list(self.tokenizer(text, verbose=False)["input_ids"])
         if self.causal_lm and self.tokenizer.eos_token_id is not None and ids[-1:] != [self.tokenizer.eos_token_id]:
             ids.append(self.tokenizer.eos_token_id)
         # A text without tokens still needs one, so that the model can read it.

@@ -338,6 +338,22 @@ def test_a_named_dataset_brings_its_class_names_and_splits(
     assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"] == {"0": "down", "1": "up"}
 
 
+def test_the_length_of_a_long_row_is_not_printed(recipe: Recipe, tmp_path: Path, bases: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 32
+    shutil.copytree(bases / "classifier", tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = {"sentence": [*ROWS["sentence"], " ".join(["film"] * 173)], "mark": [*ROWS["mark"], 1]}
+    Dataset.from_dict(rows).to_csv(tmp_path / "rows.csv")
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(recipe | {"model": str(tmp_path / "base")}), encoding="utf-8")
+    command = [sys.executable, "-m", "peft_dpzero.cli", "train", str(path)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert "173" not in result.stdout + result.stderr
+    assert "longer than" not in result.stdout + result.stderr
+
+
 def test_a_finished_folder_is_not_trained_into_again_and_resuming_releases_nothing_twice(
     recipe: Recipe, train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
