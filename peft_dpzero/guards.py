@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -54,6 +56,32 @@ def check_arguments(args: Any) -> None:
     for name, is_set, reason in _REFUSED_ARGUMENTS:
         if is_set(getattr(args, name, None)):
             raise DPZeroError(f"{name}={getattr(args, name)!r} cannot be used with DPZero: {reason}")
+
+
+def forward_only(args: Any) -> Any:
+    """A copy of the training arguments `args` without what serves a backward pass or measures private data."""
+    args = copy.copy(args)
+    # One item of the loop is one logical batch, and there are no gradients to clip.
+    args.gradient_accumulation_steps = 1
+    args.max_grad_norm = 0.0
+    # transformers has renamed it, and keeps both.
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        if getattr(args, name, False):
+            warnings.warn(f"{name} is switched off: there is no backward pass.", stacklevel=3)
+            setattr(args, name, False)
+    if not args.skip_memory_metrics:
+        warnings.warn("No memory metrics: what a step takes tells of its longest example.", stacklevel=3)
+        args.skip_memory_metrics = True
+    return args
+
+
+def stop_checkpointing(model: Any) -> None:
+    """Switches off what `model` does for a backward pass: checkpointing, and embeddings that require gradients."""
+    name = "activation" if hasattr(model, "activation_checkpointing_disable") else "gradient"
+    if getattr(model, f"is_{name}_checkpointing", False):
+        getattr(model, f"{name}_checkpointing_disable")()
+    if getattr(model, "_require_grads_hooks", None):
+        model.disable_input_require_grads()
 
 
 def check_processes(connected: int, shards: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import warnings
@@ -33,6 +32,8 @@ from peft_dpzero.guards import (
     check_processes,
     check_weights,
     fingerprint,
+    forward_only,
+    stop_checkpointing,
 )
 from peft_dpzero.mechanism.plan import PrivacyPlan
 from peft_dpzero.offloading import bring_trained_into_memory, is_offloaded
@@ -95,13 +96,7 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin, ReportingMixin):
         self.logical_batch_size = int(
             args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         )
-        # One item of the loop is one logical batch, and there are no gradients to clip.
-        args = copy.copy(args)
-        args.gradient_accumulation_steps = 1
-        args.max_grad_norm = 0.0
-        if not args.skip_memory_metrics:
-            warnings.warn("No memory metrics: what a step takes tells of its longest example.", stacklevel=2)
-            args.skip_memory_metrics = True
+        args = forward_only(args)
         # The probe, parameter names and saving want the plain model; the step runs the compiled one.
         self._compiled = model if is_compiled_module(model) else None
         super().__init__(model if self._compiled is None else model._orig_mod, args, *positional, **kwargs)
@@ -110,7 +105,10 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin, ReportingMixin):
                 "nn.DataParallel averages losses over replicas: use accelerate launch, or show one GPU only "
                 "(CUDA_VISIBLE_DEVICES)."
             )
+        if self.model_init is not None:
+            raise DPZeroError("model_init would build the model anew in train(): pass model=model_init() instead.")
         check_collator(self.data_collator)
+        stop_checkpointing(self.model)
         if getattr(self, "optimizer", None) is not None:
             _as_dpzero_optimizer(self.optimizer)
         check_compiled_parts(self.model)

@@ -119,6 +119,13 @@ def test_models_that_cannot_be_tuned_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, "do not reach", model=unused)
 
 
+def test_a_model_that_would_be_built_again_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DPZeroError, match=r"pass model=model_init\(\)"):
+        DPZeroTrainer(
+            args=arguments(tmp_path), train_dataset=Unreadable(), dpzero_config=config(), model_init=lambda: lora()
+        )
+
+
 class BatchStatistics(torch.nn.BatchNorm1d):
     """Batch norm over tokens that stays in train mode."""
 

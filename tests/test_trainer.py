@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import traceback
 import warnings
@@ -162,6 +163,23 @@ def test_what_is_not_known_to_be_public_is_left_out_and_named_once(tmp_path: Pat
         *("train_runtime", "train_samples_per_second", "train_steps_per_second"),
         *("epoch", "epsilon", "learning_rate", "step"),
     }
+
+
+@pytest.mark.parametrize("where", ["arguments", "model", "embeddings"])
+def test_gradient_checkpointing_is_switched_off(where: str, tmp_path: Path) -> None:
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    model = get_peft_model(tiny_model("causal_lm"), lora)
+    given = arguments(tmp_path, max_steps=1, gradient_checkpointing=where == "arguments")
+    if where == "model":
+        model.gradient_checkpointing_enable()
+    elif where == "embeddings":
+        model.enable_input_require_grads()
+    warns = pytest.warns(UserWarning, match="no backward pass") if where == "arguments" else contextlib.nullcontext()
+    with warns:
+        run = DPZeroTrainer(model, given, train_dataset=tiny_dataset("causal_lm"), dpzero_config=config())
+    assert run.train().global_step == 1
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    assert given.gradient_checkpointing == (where == "arguments")
 
 
 def test_tensorboard_and_callbacks_see_what_is_public(tmp_path: Path) -> None:
