@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, Union, get_args, get_origin
 
-from peft_dpzero.errors import DPZeroError, PrivateStepError
+from peft_dpzero.errors import STOP_IS_PUBLIC, DPZeroError, PrivateStepError
 
 
 def nearest(value: object, known: Iterable[str]) -> str:
@@ -92,5 +92,5 @@ def withheld(doing: str) -> Iterator[None]:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise PrivateStepError(
             f"{type(error).__name__} while {doing}, at {frame.filename}:{frame.lineno}. Its message is withheld, since "
-            "it may quote the data; run the same settings on made-up data to see it."
+            f"it may quote the data; run the same settings on made-up data to see it. {STOP_IS_PUBLIC}"
         ) from None

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import traceback
 
+# What an error of private data tells, since a single example may have caused it.
+STOP_IS_PUBLIC = "That the run stopped is public, and the guarantee does not cover it."
+
 
 class DPZeroError(ValueError):
     """A setting, data schema or model that cannot be trained privately. The text quotes no private value."""
 
 
 class PrivateStepError(RuntimeError):
-    """Some code failed while it held private data. The text names the error's type and place, no value."""
+    """Some code failed while it held private data. The text names the error's type and place, no value.
+
+    That it was raised may be one example's doing (a label out of range, a token that the model lacks): the guarantee
+    covers what is released, not whether the run stopped.
+    """
 
     @classmethod
     def withhold(cls, step: int, error: Exception) -> PrivateStepError:
@@ -19,5 +26,5 @@ class PrivateStepError(RuntimeError):
         places = "".join(f"\n  {frame.filename}:{frame.lineno} in {frame.name}" for frame in frames)
         return cls(
             f"{type(error).__name__} in step {step}, while private data was in hand. Its message is withheld, since "
-            f"it may quote the data; run the same code on made-up data to see it. Raised at:{places}"
+            f"it may quote the data; run the same code on made-up data to see it. {STOP_IS_PUBLIC} Raised at:{places}"
         )

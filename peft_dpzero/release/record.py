@@ -129,6 +129,7 @@ def _not_covered(plan: PrivacyPlan) -> list[str]:
         "the choice of hyper-parameters, if it looked at the training data",
         "the base model's own training data",
         "how long steps took",
+        "whether the run stopped at an error, which a single example may cause",
         "the number of privacy units, which sample_rate reveals",
     ]
     if plan.config.train_loss == "nonprivate":
