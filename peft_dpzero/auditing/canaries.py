@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.shapes import IGNORE
+from peft_dpzero.estimation.units import unit_values
 
 # Rows that canaries are modelled on.
 _MODELS = 64
@@ -21,7 +23,8 @@ class CanaryData(Dataset[Any]):
     """The user's data followed by all canaries, of which those whose coin fell to tails are never handed out.
 
     Every canary has an index, so that N, and with it the sample rate, tells nothing of the coins. A step that draws
-    an absent canary gets nothing for it: exactly the data set from which it was removed.
+    an absent canary gets None for it: exactly the data set from which it was removed. Where a column says whose each
+    row is, every canary is somebody of its own.
 
     Args:
         data: map-style training data.
@@ -40,11 +43,14 @@ class CanaryData(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         rest = index - len(self.data)
-        return self.data[index] if rest < 0 else self.canaries[rest]
+        if rest < 0:
+            return self.data[index]
+        return self.canaries[rest] if self.present[rest] else None
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """The rows at `indices` that are there: absent canaries are left out."""
-        return [self[i] for i in indices if i < len(self.data) or self.present[i - len(self.data)]]
+    def unit_values(self, column: str) -> list[Any]:
+        """Whose each row is: a canary belongs to nobody else."""
+        users = list(unit_values(self.data, column))
+        return [*users, *_newcomers(users, len(self.present))]
 
 
 def random_canaries(data: Any, count: int, vocabulary: int, generator: np.random.Generator) -> list[Row]:
@@ -89,6 +95,16 @@ def random_canaries(data: Any, count: int, vocabulary: int, generator: np.random
         return [value if value == IGNORE else choices[generator.integers(len(choices))] for value in values]
 
     return [canary(i) for i in range(count)]
+
+
+def _newcomers(users: Sequence[Any], count: int) -> list[Any]:
+    """`count` different ids that none of `users` has: strings if all of theirs are, else integers."""
+    if all(isinstance(user, str) for user in users):
+        longest = max(users, key=len)
+        return [f"{longest}-canary-{number}" for number in range(count)]
+    numbers = (int(user) for user in users if isinstance(user, (int, np.integer, Tensor)))
+    first = 1 + max(numbers, default=0)
+    return list(range(first, first + count))
 
 
 def _ints(tokens: Any) -> list[int]:

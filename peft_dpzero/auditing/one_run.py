@@ -19,7 +19,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from peft_dpzero.auditing.bounds import epsilon_lower_bound
 from peft_dpzero.auditing.canaries import CanaryData, Row, random_canaries
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.estimation.batching import LogicalBatches
+from peft_dpzero.estimation.batching import LogicalBatches, without_column
 from peft_dpzero.estimation.differences import estimate_differences
 from peft_dpzero.estimation.passes import Losses
 from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
@@ -108,6 +108,9 @@ def audit(
         data.canaries = random_canaries(data.data, count, size, generator)
     else:
         data.canaries = list(canaries)
+    if (unit := trainer.dpzero_config.privacy_unit) is not None:
+        owners = data.unit_values(unit)[len(data.data) :]
+        data.canaries = [{**row, unit: owner} for row, owner in zip(data.canaries, owners, strict=True)]
     watch = _Watch(trainer, data.canaries)
     _train_quietly(trainer, watch)
     order = np.argsort(watch.scores())
@@ -166,7 +169,10 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     def _rows(self, step: int, perturbation: Perturbation, threshold: float) -> np.ndarray:
         """The canaries' clipped differences: (m, K) float64."""
         trainer, config = self.trainer, self.trainer.dpzero_config
-        collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
+        collate = trainer.data_collator
+        if config.privacy_unit is not None:
+            collate = without_column(collate, config.privacy_unit)
+        collate = trainer._get_collator_with_removed_columns(collate)
         everybody = PoissonSampler(len(self.canaries), 1.0, new_secret())
         assert trainer._step is not None
         batches = LogicalBatches(list(self.canaries), everybody, collate, trainer._step.batches.shapes)  # type: ignore[arg-type]

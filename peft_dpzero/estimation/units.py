@@ -44,6 +44,8 @@ class Units:
 def units_by_column(dataset: Any, column: str, max_examples: int) -> Units:
     """Groups rows by the value of `column`: strings or integers.
 
+    A data set that knows its values without handing out rows has a method `unit_values(column)`.
+
     Raises:
         DPZeroError: there is no such column, or a row has no value in it.
     """
@@ -54,13 +56,20 @@ def units_by_column(dataset: Any, column: str, max_examples: int) -> Units:
             "that says whose each example is."
         )
     rows: dict[Any, list[int]] = {}
-    for index, value in enumerate(_values(dataset, column)):
+    for index, value in enumerate(unit_values(dataset, column)):
         key = _key(value, column)
         rows.setdefault(key, []).append(index)
     return Units([np.array(indices) for indices in rows.values()], max_examples)
 
 
-def _values(dataset: Any, column: str) -> Sequence[Any]:
+def unit_values(dataset: Any, column: str) -> Sequence[Any]:
+    """Every row's value of `column`.
+
+    Raises:
+        DPZeroError: a row has none.
+    """
+    if hasattr(dataset, "unit_values"):
+        return list(dataset.unit_values(column))
     if hasattr(dataset, "with_format"):
         return list(dataset.with_format(None)[column])
     try:

@@ -7,26 +7,37 @@ from typing import Any
 
 import numpy as np
 import pytest
-from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer, audit
+from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer, LogicalBatches, PoissonSampler, audit
 from peft_dpzero.auditing.canaries import CanaryData, random_canaries
+from peft_dpzero.estimation.sampling import seeded_secret
+from peft_dpzero.estimation.units import units_by_column
 
 from tiny import VOCABULARY, arguments, tiny_dataset, tiny_model
 
 ROWS, CANARIES, LENGTH = 8, 60, 4
+COINS = np.array([True, False, True, False])
 
 
-def builder(folder: Path, sigma: float, directions: int = 64) -> Any:
+def builder(folder: Path, sigma: float, directions: int = 64, users: type | None = None) -> Any:
     """Every example in each of two steps, so that few steps tell much."""
 
     def build(add_canaries: Any) -> DPZeroTrainer:
-        data = add_canaries(tiny_dataset("causal_lm", ROWS, LENGTH))
-        settings = {"max_steps": 2, "per_device_train_batch_size": ROWS + CANARIES, "learning_rate": 1e-4}
+        rows = tiny_dataset("causal_lm", ROWS, LENGTH)
+        if users is not None:
+            rows = rows.add_column("user", [users(i // 2) for i in range(ROWS)])
+        data = add_canaries(rows)
+        size = ROWS + CANARIES if users is None else ROWS // 2 + CANARIES
+        settings = {"max_steps": 2, "per_device_train_batch_size": size, "learning_rate": 1e-4}
         return DPZeroTrainer(
             tiny_model("causal_lm"),
             arguments(folder, **settings),
             train_dataset=data,
             dpzero_config=DPZeroConfig(
-                noise_multiplier=sigma, target_delta=1e-3, num_directions=directions, clipping_threshold=1.0
+                noise_multiplier=sigma,
+                target_delta=1e-3,
+                num_directions=directions,
+                clipping_threshold=1.0,
+                privacy_unit=None if users is None else "user",
             ),
         )
 
@@ -47,6 +58,18 @@ def test_weak_noise_is_seen_through_and_strong_noise_is_not(tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("users", [str, int])
+def test_every_canary_is_a_user_of_its_own(users: type, tmp_path: Path) -> None:
+    data = CanaryData(tiny_dataset("causal_lm", ROWS).add_column("user", [users(i // 2) for i in range(ROWS)]), COINS)
+    units = units_by_column(data, "user", 16)
+    assert len(units) == ROWS // 2 + len(COINS)
+    sizes = [len(units.choose(unit, np.random.default_rng(0))) for unit in range(len(units))]
+    assert sizes == [2] * (ROWS // 2) + [1] * len(COINS)
+    weak = audit(builder(tmp_path, 0.2, users=users), CANARIES)
+    assert weak.correct >= 28
+    assert weak.claimed_epsilon is not None
+
+
 def test_the_auditors_own_rows_may_be_canaries(tmp_path: Path) -> None:
     rows = list(tiny_dataset("causal_lm", 2 * CANARIES, LENGTH))[CANARIES:]
     result = audit(builder(tmp_path, 0.5, directions=2), rows, guesses=20, confidence=0.9)
@@ -58,9 +81,14 @@ def test_absent_canaries_are_never_handed_out_and_keep_their_index() -> None:
     data = CanaryData(tiny_dataset("classifier", 3), np.array([True, False, True]))
     data.canaries = [{"input_ids": [i]} for i in range(3)]
     assert len(data) == 6
-    handed = data.__getitems__([1, 3, 4, 5])
-    assert [row["input_ids"] for row in handed[1:]] == [[0], [2]]
-    assert data.__getitems__([4]) == []
+    assert [data[i] for i in (3, 4, 5)] == [{"input_ids": [0]}, None, {"input_ids": [2]}]
+
+
+def test_a_step_that_draws_absent_canaries_alone_has_no_rows() -> None:
+    data = CanaryData(tiny_dataset("classifier", 1), np.zeros(200, dtype=bool))
+    batches = LogicalBatches(data, PoissonSampler(len(data), 0.05, seeded_secret(0)), lambda rows: {"rows": rows}, 4)
+    counts = [sum(len(batch["rows"]) for batch in batches.draw(step).micro_batches) for step in range(40)]
+    assert set(counts) == {0, 1}
 
 
 @pytest.mark.parametrize("kind", ["causal_lm", "classifier", "tagger"])
