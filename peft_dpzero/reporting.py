@@ -62,17 +62,27 @@ class ReportingMixin(_Host):  # type: ignore[misc]
         super().log(public, *args, **kwargs)
 
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        **kwargs: Any,
     ) -> dict[str, float]:
-        """As `Trainer.evaluate`. Evaluation data is treated as public."""
+        """As in the Trainer. Evaluation data is treated as public."""
         self._metric_prefixes.add(metric_key_prefix)
-        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
         return metrics
 
-    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
-        """As `Trainer.predict`. The data is treated as public."""
+    def predict(
+        self,
+        test_dataset: Any,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+        **kwargs: Any,
+    ) -> Any:
+        """As in the Trainer. The data is treated as public."""
         self._metric_prefixes.add(metric_key_prefix)
-        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix, **kwargs)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """0: the count would tell how many tokens were sampled."""

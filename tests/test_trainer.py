@@ -23,7 +23,7 @@ from peft_dpzero import (
     PrivateStepError,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import Trainer, TrainerCallback
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 
 from tiny import arguments, tiny_dataset, tiny_model
 
@@ -163,6 +163,20 @@ def test_what_is_not_known_to_be_public_is_left_out_and_named_once(tmp_path: Pat
         *("train_runtime", "train_samples_per_second", "train_steps_per_second"),
         *("epoch", "epsilon", "learning_rate", "step"),
     }
+
+
+def test_a_seq2seq_trainer_keeps_its_arguments_of_generation(tmp_path: Path) -> None:
+    class Private(DPZeroTrainerMixin, Seq2SeqTrainer):
+        pass
+
+    given = Seq2SeqTrainingArguments(str(tmp_path), use_cpu=True, report_to=[], predict_with_generate=True)
+    data = tiny_dataset("seq2seq", 8)
+    run = Private(tiny_model("seq2seq"), given, train_dataset=data, dpzero_config=config())
+    run.evaluate(data, metric_key_prefix="dev", max_new_tokens=3)
+    assert "dev_loss" in run.state.log_history[-1]
+    assert run._gen_kwargs["max_new_tokens"] == 3
+    run.predict(data, max_new_tokens=2)
+    assert run._gen_kwargs["max_new_tokens"] == 2
 
 
 @pytest.mark.parametrize("where", ["arguments", "model", "embeddings"])
