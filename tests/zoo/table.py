@@ -53,16 +53,25 @@ def _lines(architecture: Architecture) -> Iterator[str]:
     outcomes: dict[str, list[tuple[str, str]]] = {}
     for attention in attentions(architecture):
         for dtype in DTYPES:
-            found = [examined(architecture.name, dtype, attention, shortcuts, ALL) for shortcuts in SHORTCUTS]
+            found = [_examined(architecture.name, dtype, attention, shortcuts) for shortcuts in SHORTCUTS]
             outcomes.setdefault(_worst(found), []).append((str(dtype).removeprefix("torch."), attention))
     for outcome, settings in outcomes.items():
         dtypes, kinds = (", ".join(dict.fromkeys(values)) for values in zip(*settings, strict=True))
         yield "| " + " | ".join((architecture.name, dtypes, kinds, outcome, architecture.notes)) + " |"
 
 
+def _examined(name: str, dtype: torch.dtype, attention: str, shortcuts: str) -> Finding:
+    try:
+        return examined(name, dtype, attention, shortcuts, ALL)
+    except Exception as error:  # One architecture that fails must not hide the others.
+        return Finding("fails", type(error).__name__)
+
+
 def _worst(found: list[Finding]) -> str:
     """What is said of a setting, with and without shortcuts."""
     worst = max(found, key=lambda one: (not one.independent, one.outcome == "refused", one.total))
+    if worst.outcome == "fails":
+        return f"**fails**: {worst.detail}"
     if worst.outcome == "differs":
         return f"**differ**: {worst.rows} rows, their sum by {worst.total:.1g} C ({worst.detail})"
     if worst.outcome == "refused":
