@@ -212,7 +212,7 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin, ReportingMixin):
     def _compiled_losses(self, model: nn.Module, perturbation: Perturbation, losses: Losses) -> Losses:
         """Losses of a compiled `model`: of one point at a time with nothing shared."""
         if Probe.suits(self.model):
-            plain, compiled = (Probe(one, self.args.device, self.task).run for one in (self.model, model))
+            plain, compiled = (Probe(one, self.args.device, self.task, True).run for one in (self.model, model))
             check_compiled(perturbation, plain, compiled)
         return Losses(model, self.task, self._prepare_inputs, Shortcuts(head=losses.shortcuts.head))
 

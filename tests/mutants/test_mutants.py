@@ -143,7 +143,7 @@ def empty_batch_skipped(patch: Patch) -> None:
 
 
 def shuffled_instead_of_poisson(patch: Patch) -> None:
-    def draw(self: PoissonSampler, step: int) -> np.ndarray:
+    def draw(self: PoissonSampler, step: int, *shard: int) -> np.ndarray:
         size = max(1, round(self.sample_rate * self.num_units))
         epoch, part = divmod(step, max(1, self.num_units // size))
         seed = list(self._secret + epoch.to_bytes(8, "little"))
@@ -154,7 +154,7 @@ def shuffled_instead_of_poisson(patch: Patch) -> None:
 
 
 def fixed_size_instead_of_poisson(patch: Patch) -> None:
-    def draw(self: PoissonSampler, step: int) -> np.ndarray:
+    def draw(self: PoissonSampler, step: int, *shard: int) -> np.ndarray:
         generator = np.random.default_rng(list(self._secret + step.to_bytes(8, "little")))
         size = round(self.sample_rate * self.num_units)
         return np.sort(generator.choice(self.num_units, size, replace=False))
@@ -163,12 +163,12 @@ def fixed_size_instead_of_poisson(patch: Patch) -> None:
 
 
 def same_batch_at_every_step(patch: Patch) -> None:
-    patch.setattr(PoissonSampler, "draw", lambda self, step: _draw(self, 0))
+    patch.setattr(PoissonSampler, "draw", lambda self, step, *shard: _draw(self, 0, *shard))
 
 
 def sampled_at_twice_the_rate(patch: Patch) -> None:
-    def draw(self: PoissonSampler, step: int) -> np.ndarray:
-        return _draw(PoissonSampler(self.num_units, min(1.0, 2 * self.sample_rate), self._secret), step)
+    def draw(self: PoissonSampler, step: int, *shard: int) -> np.ndarray:
+        return _draw(PoissonSampler(self.num_units, min(1.0, 2 * self.sample_rate), self._secret), step, *shard)
 
     patch.setattr(PoissonSampler, "draw", draw)
 
