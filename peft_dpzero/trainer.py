@@ -195,6 +195,8 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin, ReportingMixin):
             return Losses(self.model, self.task, self._prepare_inputs), shapes
         stack_4bit_products()
         probe = Probe(self.model, self.args.device, self.task, asserted)
+        if self._compiles and not asserted and probe.reason is None:
+            probe.reason = "of compiled kernels it is not known that they keep rows apart"
         shapes = probe.fit_shapes(perturbation, shapes)
         if probe.reason is not None:
             _warn_of_single_rows(probe.reason)

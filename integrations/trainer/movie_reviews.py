@@ -108,6 +108,7 @@ def main() -> None:
             num_directions=512,
             clipping_threshold=90.0,
             smoothing_parameter=1e-2,
+            rows_asserted_independent=True,  # linear layers on each row's features
             deterministic=chosen.deterministic,
         ),
     )

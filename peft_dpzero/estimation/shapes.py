@@ -116,7 +116,8 @@ class Shapes:
 
     def rows_like(self, row: Row) -> int:
         """How many rows a micro-batch of padded rows like this one has."""
-        return self.rows(max((v.shape[1] for v in row.values() if isinstance(v, Tensor) and v.ndim == 2), default=1))
+        tokens = (row.get(key) for key in ("input_ids", "inputs_embeds", "attention_mask", *_TARGETS))
+        return self.rows(max((v.shape[1] for v in tokens if isinstance(v, Tensor) and v.ndim > 1), default=1))
 
     def made_up(self, row: Row) -> Row:
         """A row of the same shape that holds nothing of `row`: padding after one token, and the first class."""

@@ -12,7 +12,6 @@ MARKED = "<!-- {0} -->\n(.*?)<!-- end of {0} -->"
 
 def write(results: dict[str, Any], page: Path) -> None:
     """Replaces each marked table whose section was measured."""
-    text = page.read_text(encoding="utf-8")
     sections = results["sections"]
     made = {"headlines": _headlines(results), "times": _times(sections)}
     if "memory" in sections:
@@ -23,13 +22,18 @@ def write(results: dict[str, Any], page: Path) -> None:
         made["profile"] = _profile(sections["profile"])
     if "accuracy" in sections:
         made["accuracy"] = _accuracy(sections["accuracy"]["runs"])
-    for name, table in made.items():
-        replacement = f"<!-- {name} -->\n{table}\n<!-- end of {name} -->"
-        text = re.sub(MARKED.format(name), lambda _, new=replacement: new, text, flags=re.DOTALL)
-    page.write_text(text, encoding="utf-8")
+    for name, text in made.items():
+        insert(page, name, text)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def insert(page: Path, name: str, text: str) -> None:
+    """Replaces what is between the markers `name` of a page."""
+    replacement = f"<!-- {name} -->\n{text}\n<!-- end of {name} -->"
+    old = page.read_text(encoding="utf-8")
+    page.write_text(re.sub(MARKED.format(name), lambda _: replacement, old, flags=re.DOTALL), encoding="utf-8")
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
@@ -40,7 +44,7 @@ def _spread(value: dict[str, float]) -> str:
 
 def _headlines(results: dict[str, Any]) -> str:
     rows = [(f"`{key}`", _spread(value)) for key, value in results.items() if key != "sections"]
-    return _table(("key", "median (min to max)"), rows)
+    return table(("key", "median (min to max)"), rows)
 
 
 def _times(sections: dict[str, Any]) -> str:
@@ -54,7 +58,7 @@ def _times(sections: dict[str, Any]) -> str:
             rows.append((title, "floor", ours, f"{1 / run['ours_over_floor']['median']:.2f}"))
             others = [key for key in run if key.endswith("_over_ours")]
             rows += [(title, key.removesuffix("_over_ours"), ours, _spread(run[key])) for key in others]
-    return _table(("model", "contender", "our seconds a step", "contender's time over ours"), rows)
+    return table(("model", "contender", "our seconds a step", "contender's time over ours"), rows)
 
 
 def _memory(measured: dict[str, Any]) -> str:
@@ -62,7 +66,7 @@ def _memory(measured: dict[str, Any]) -> str:
     for name, values in measured.items():
         if isinstance(values, list) and name.startswith(("minilm", "gemma")):
             rows.append((name, f"{sorted(values)[len(values) // 2]:.0f}"))
-    return _table(("LoRA", "peak above the loaded weights, MiB"), rows)
+    return table(("LoRA", "peak above the loaded weights, MiB"), rows)
 
 
 def _scaling(found: dict[str, Any]) -> str:
@@ -73,14 +77,14 @@ def _scaling(found: dict[str, Any]) -> str:
     small, large = found["vocabulary"]["sizes"]
     for name, value in found["vocabulary"]["seconds_ratio"].items():
         rows.append((f"vocabulary of {large:,} over {small:,}, {name}", _spread(value), ""))
-    return _table(("step's time", "", ""), rows)
+    return table(("step's time", "", ""), rows)
 
 
 def _profile(found: dict[str, Any]) -> str:
     parts = []
     for name, title in (("demo", "The demo's step"), ("minilm lora", "MiniLM, LoRA"), ("minilm full", "MiniLM, all")):
         rows = [(f"`{where}`", f"{share:.1%}") for where, share in found[name]["shares"].items()]
-        parts.append(_table((title, "share"), rows))
+        parts.append(table((title, "share"), rows))
     return "\n\n".join(parts)
 
 
@@ -89,4 +93,4 @@ def _accuracy(runs: Sequence[dict[str, Any]]) -> str:
     rows = [
         (r["difference"], str(r["K"]), str(r["passes"]), f"{r['accuracy']:.1%}", f"{r['seconds']:.1f}") for r in runs
     ]
-    return _table(header, rows)
+    return table(header, rows)
