@@ -16,8 +16,9 @@ from peft_dpzero.config import CONFIG_NAME
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.release.base import load_start_model
 from peft_dpzero.release.bundle import fetch_release
+from peft_dpzero.release.card import CARD_NAME
 from peft_dpzero.release.journal import JOURNAL_NAME, read_journal
-from peft_dpzero.release.record import CARD_NAME, RECORD_NAME
+from peft_dpzero.release.record import RECORD_NAME
 from peft_dpzero.release.replay import replay_journal
 from peft_dpzero.release.start import START_NAME
 from peft_dpzero.release.verify import Check, verify

@@ -22,11 +22,12 @@ from peft_dpzero.guards import check_dataset
 from peft_dpzero.mechanism.accountant import Segment
 from peft_dpzero.mechanism.plan import PrivacyPlan, make_plan
 from peft_dpzero.perturbation import Perturbation
+from peft_dpzero.release.digests import files_digest
 from peft_dpzero.release.header import plan_header, releases
 from peft_dpzero.release.journal import JOURNAL_NAME, Journal, JournalSegment
 from peft_dpzero.release.optimizer import DPZeroOptimizer
 from peft_dpzero.release.record import RECORD_NAME
-from peft_dpzero.release.start import files_digest, load_start, save_start
+from peft_dpzero.release.start import load_start, save_start
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Host

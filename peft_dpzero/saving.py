@@ -14,8 +14,9 @@ from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.perturbation import Perturbation
 from peft_dpzero.release.bundle import RELEASED_FILES, copy_evidence, sealed
+from peft_dpzero.release.card import CARD_NAME, save_card
 from peft_dpzero.release.journal import Journal
-from peft_dpzero.release.record import CARD_NAME, save_card, save_record
+from peft_dpzero.release.record import save_record
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Host

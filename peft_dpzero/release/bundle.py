@@ -12,9 +12,11 @@ from huggingface_hub import HfApi, snapshot_download
 from peft_dpzero.config import CONFIG_NAME
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.perturbation import Perturbation
+from peft_dpzero.release.card import CARD_NAME
+from peft_dpzero.release.digests import files_digest, parameters_digest
 from peft_dpzero.release.journal import JOURNAL_NAME, Journal
-from peft_dpzero.release.record import CARD_NAME, RECORD_NAME
-from peft_dpzero.release.start import START_NAME, files_digest, parameters_digest
+from peft_dpzero.release.record import RECORD_NAME
+from peft_dpzero.release.start import START_NAME
 
 # All that a push may upload.
 RELEASED_FILES = (

@@ -10,9 +10,9 @@ from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.mechanism.accountant import Segment
 from peft_dpzero.mechanism.plan import PrivacyPlan
 from peft_dpzero.perturbation import Perturbation
+from peft_dpzero.release.digests import parameters_digest
 from peft_dpzero.release.journal import JournalSegment
 from peft_dpzero.release.optimizer import DPZeroOptimizer
-from peft_dpzero.release.start import parameters_digest
 
 FORMAT_VERSION = 2
 

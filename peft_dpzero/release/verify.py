@@ -22,11 +22,13 @@ from peft_dpzero.mechanism.accountant import Segment, epsilon_of, rdp_epsilon_of
 from peft_dpzero.perturbation import Perturbation
 from peft_dpzero.release.base import load_start_model
 from peft_dpzero.release.bundle import fetch_release, is_released
+from peft_dpzero.release.card import CARD_NAME
+from peft_dpzero.release.digests import digest, files_digest, model_files, parameters_digest, saved_tensors
 from peft_dpzero.release.header import releases, segment_config
 from peft_dpzero.release.journal import JOURNAL_NAME, JournalContent, read_journal
-from peft_dpzero.release.record import CARD_NAME, RECORD_NAME
+from peft_dpzero.release.record import RECORD_NAME
 from peft_dpzero.release.replay import replay_journal
-from peft_dpzero.release.start import START_NAME, digest, files_digest, model_files, parameters_digest, saved_tensors
+from peft_dpzero.release.start import START_NAME
 
 # How far a recomputed ε may lie from the recorded one: accountants differ in their last digits between versions.
 EPSILON_TOLERANCE = 1e-3
