@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -60,7 +61,7 @@ def segment_config(segment: JournalSegment) -> DPZeroConfig:
     return DPZeroConfig.from_dict({key: math.inf if value == "inf" else value for key, value in values.items()})
 
 
-def releases(segments: list[JournalSegment]) -> tuple[Segment, ...]:
+def releases(segments: Sequence[JournalSegment]) -> tuple[Segment, ...]:
     """What the accountant needs to know of the entries of `segments`."""
     return tuple(
         Segment(s.header["config"]["noise_multiplier"], s.header["sample_rate"], len(s.entries)) for s in segments

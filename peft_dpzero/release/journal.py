@@ -127,7 +127,8 @@ class Journal:
     def __init__(self, path: Path, header: dict[str, Any] | None = None) -> None:
         self.path = path
         self._file: int | None = None
-        self._content = JournalContent()
+        self._read = JournalContent()
+        self._in_doubt = False
         if path.exists():
             self._open()
         if header is not None:
@@ -147,6 +148,16 @@ class Journal:
     def checksum(self) -> str:
         """SHA-256 of the last line, which covers the whole file."""
         return self._content.checksum
+
+    @property
+    def _content(self) -> JournalContent:
+        """What the file holds: read again if an append was interrupted, since its line may be whole by then."""
+        if self._in_doubt:
+            self._read = _parsed(self.path.read_bytes(), self.path)
+            if self._file is not None:
+                self._truncate()
+            self._in_doubt = False
+        return self._read
 
     def begin(self, header: dict[str, Any]) -> None:
         """Goes on with the segment of `header`, or opens it.
@@ -211,7 +222,7 @@ class Journal:
             _lock(self._file, self.path)
             if new:
                 _sync_folder(self.path.parent)
-            self._content = _parsed(self.path.read_bytes(), self.path)
+            self._read = _parsed(self.path.read_bytes(), self.path)
             self._truncate()
         except DPZeroError:
             self.close()
@@ -219,8 +230,8 @@ class Journal:
 
     def _truncate(self) -> None:
         assert self._file is not None
-        if os.fstat(self._file).st_size > self._content.size:
-            os.ftruncate(self._file, self._content.size)
+        if os.fstat(self._file).st_size > self._read.size:
+            os.ftruncate(self._file, self._read.size)
             os.fsync(self._file)
 
     def _append(self, content: dict[str, Any]) -> None:
@@ -228,11 +239,13 @@ class Journal:
             raise RuntimeError(f"{self.path} is closed: nothing can be released.")
         checksum = _chained(self._content.checksum, content)
         line = (json.dumps({**content, "sha256": checksum}) + "\n").encode()
+        self._in_doubt = True
         written = 0
         while written < len(line):
             written += os.write(self._file, line[written:])
         os.fsync(self._file)
-        self._content.add(content, line)
+        self._read.add(content, line)
+        self._in_doubt = False
 
 
 def _parsed(data: bytes, path: Path) -> JournalContent:
