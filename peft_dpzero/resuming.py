@@ -23,7 +23,7 @@ from peft_dpzero.mechanism.accountant import Segment
 from peft_dpzero.mechanism.plan import PrivacyPlan, make_plan
 from peft_dpzero.perturbation import Perturbation
 from peft_dpzero.release.digests import files_digest
-from peft_dpzero.release.header import plan_header, releases
+from peft_dpzero.release.header import in_version, plan_header, releases
 from peft_dpzero.release.journal import JOURNAL_NAME, Journal, JournalSegment
 from peft_dpzero.release.optimizer import DPZeroOptimizer
 from peft_dpzero.release.record import RECORD_NAME
@@ -170,7 +170,10 @@ class ResumingMixin(_Host):  # type: ignore[misc]
             load_start(perturbation, folder, start)
         self.create_optimizer()
         self._dpzero_optimizer.state.clear()
-        self._journal.begin(plan_header(self.privacy_plan, perturbation, self._dpzero_optimizer, self.model, start))
+        header = plan_header(self.privacy_plan, perturbation, self._dpzero_optimizer, self.model, start)
+        if self._journal.entries:
+            header = in_version(header, self._segments[0].header["format_version"])
+        self._journal.begin(header)
 
     def _on_main_process(self, work: Any) -> Any:
         """What `work` returns or raises on the first process, on all of them."""

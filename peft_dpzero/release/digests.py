@@ -26,6 +26,11 @@ def is_model_file(name: str) -> bool:
     return _MODEL_FILE.fullmatch(name) is not None
 
 
+def is_weights(name: str) -> bool:
+    """Whether `name` is that of a weight file, or of the index of several."""
+    return name in (ADAPTER_NAME, "model.safetensors.index.json") or is_model_file(name)
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     total = hashlib.sha256()

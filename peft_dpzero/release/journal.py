@@ -8,6 +8,7 @@ entries after it are applied again instead of being released again.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -185,7 +186,7 @@ class Journal:
         if segments and segments[-1].header == header:
             return
         if segments and not (
-            header.get("first_step") == self._content.count and _continues(segments[-1].header, header)
+            header.get("first_step") == self._content.count and continues(segments[-1].header, header)
         ):
             raise DPZeroError(
                 f"{self.path} belongs to a run with other settings ({_differences(segments[-1].header, header)}): use "
@@ -207,7 +208,13 @@ class Journal:
 
     def close(self) -> None:
         """Lets other processes write the file. What was read and written stays readable here."""
-        if self._file is not None:
+        if self._file is None:
+            return
+        try:
+            # The torn end of an interrupted append is dropped while the file can be written.
+            with contextlib.suppress(OSError, DPZeroError):
+                _ = self._content
+        finally:
             os.close(self._file)
             self._file = None
 
@@ -292,11 +299,12 @@ def _chained(previous: str, content: dict[str, Any]) -> str:
 
 
 # What may change from one segment of a run to the next.
-_PER_SEGMENT = ("steps", "first_step", "sample_rate", "expected_batch_size", "loss_interval")
+_PER_SEGMENT = ("steps", "first_step", "sample_rate", "expected_batch_size", "loss_interval", "requested")
 _PER_SEGMENT_CONFIG = ("noise_multiplier", "target_epsilon")
 
 
-def _continues(before: dict[str, Any], after: dict[str, Any]) -> bool:
+def continues(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Whether a segment with the header `after` may follow one with `before`: more steps with all else unchanged."""
     return _fixed(before) == _fixed(after) and after["steps"] > before["steps"]
 
 

@@ -15,6 +15,8 @@ from peft_dpzero.mechanism.clipping import SENSITIVITY
 from peft_dpzero.mechanism.plan import PrivacyPlan
 
 RECORD_NAME = "privacy_record.json"
+# Version 1 has no table of files.
+RECORD_VERSION = 2
 
 
 def privacy_record(plan: PrivacyPlan, steps: int, losses: Mapping[int, float] | None = None) -> dict[str, Any]:
@@ -27,7 +29,7 @@ def privacy_record(plan: PrivacyPlan, steps: int, losses: Mapping[int, float] | 
     config = plan.config
     spent = plan.epsilon(steps)
     return {
-        "format_version": 1,
+        "format_version": RECORD_VERSION,
         "guarantee": _guarantee(plan),
         "epsilon": None if math.isinf(spent) else spent,
         "delta": config.target_delta,
