@@ -17,25 +17,25 @@ from tiny import arguments, tiny_dataset, tiny_model
 
 RECORD, CONFIG, ADAPTER = "privacy_record.json", "dpzero_config.json", "adapter_config.json"
 CARD, JOURNAL = "README.md", "dpzero_journal"
+LORA = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
 
 
-def trained(folder: Path, **changes: Any) -> DPZeroTrainer:
+def trained(folder: Path, resume: bool = False, **changes: Any) -> DPZeroTrainer:
     """Five steps of LoRA; the base goes to folder/base and the release to folder/release."""
     tiny_model("classifier").save_pretrained(folder / "base")
     torch.manual_seed(5)
-    lora = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
     data = tiny_dataset("classifier")
     if "privacy_unit" in changes:
         data = data.add_column(changes["privacy_unit"], [f"u{row // 2}" for row in range(len(data))])
     run = DPZeroTrainer(
-        get_peft_model(tiny_model("classifier"), lora),
+        get_peft_model(tiny_model("classifier"), LORA),
         arguments(folder / "out", max_steps=5, logging_steps=2),
         train_dataset=data,
         dpzero_config=DPZeroConfig(
             **({"noise_multiplier": 1.0, "target_delta": 1e-5, "num_directions": 2} | changes),
         ),
     )
-    run.train()
+    run.train(resume_from_checkpoint=resume)
     run.save_model(str(folder / "release"))
     return run
 
