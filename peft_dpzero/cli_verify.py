@@ -55,16 +55,17 @@ def verify_command(
 
 def verdict(checks: Sequence[Check]) -> str:
     """What follows if no check failed, and what does not."""
-    replayed = any(check.name == "replay" and check.status == "ok" for check in checks)
-    weights = (
-        "the weights are a function of base, start and journal"
-        if replayed
-        else "whether the weights follow from the journal was not checked (give --base)"
-    )
+    passed = {check.name for check in checks if check.status == "ok"}
+    found = ["the files agree", "ε follows from the journal's settings"]
+    if "scale" in passed:
+        found.append("the released values have a plausible size")
+    if "replay" in passed:
+        found.append("the weights are a function of base, start and journal")
+    else:
+        found.append("whether the weights follow from the journal was not checked (give --base)")
     return (
-        "No check failed: the files agree, ε follows from the journal's settings, the released values have a plausible "
-        f"size, and {weights}. Files cannot show that the code which ran drew its batches and noise as they say: a "
-        "consistent forgery looks the same."
+        f"No check failed: {', '.join(found)}. Files cannot show that the code which ran drew its batches and its noise "
+        "as they say: a consistent forgery looks the same."
     )
 
 

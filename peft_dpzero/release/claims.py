@@ -70,8 +70,10 @@ def epsilon_by_rdp(evidence: Evidence) -> str:
 def record(evidence: Evidence) -> str:
     """The record is what the journal gives, field by field."""
     noted, remade = evidence.record, evidence.remade
-    if evidence.is_older and noted["format_version"] == RECORD_VERSION - 1:
-        remade = remade | {"format_version": RECORD_VERSION - 1}
+    if evidence.is_older:
+        # What records have had since is not in it, and its own version is.
+        remade = {key: value for key, value in remade.items() if key in noted}
+        remade["format_version"] = min(int(noted["format_version"]), RECORD_VERSION)
     _same(_without_versions(noted), _without_versions(remade), "the record", "the journal")
     compared = set(remade) - set(_BESIDE_THE_JOURNAL)
     for version in (noted["accountant"].get("version", "0"), *noted["versions"].values()):
