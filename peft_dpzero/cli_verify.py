@@ -64,8 +64,8 @@ def verdict(checks: Sequence[Check]) -> str:
     else:
         found.append("whether the weights follow from the journal was not checked (give --base)")
     return (
-        f"No check failed: {', '.join(found)}. Files cannot show that the code which ran drew its batches and its noise "
-        "as they say: a consistent forgery looks the same."
+        f"No check failed: {', '.join(found)}. Files cannot show that the code which ran drew its batches and noise as "
+        "they say: a consistent forgery looks the same."
     )
 
 

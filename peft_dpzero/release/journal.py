@@ -322,7 +322,8 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> str:
             names += [f"{key}.{k}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
         elif old != new:
             names.append(key)
-    return ", ".join(names)
+    # What was requested shows in the config that was made of it, unless the result is the same.
+    return ", ".join([name for name in names if not name.startswith("requested.")] or names)
 
 
 def _lock(file: int, path: Path) -> None:
