@@ -22,13 +22,15 @@ from peft_dpzero.mechanism.private_sum import Released
 from peft_dpzero.perturbation import Perturbation
 from peft_dpzero.probe import Probe
 from peft_dpzero.release.bundle import sealed
+from peft_dpzero.release.card import save_card
+from peft_dpzero.release.evidence import Check
 from peft_dpzero.release.header import plan_header
 from peft_dpzero.release.journal import Journal
 from peft_dpzero.release.optimizer import DPZeroOptimizer
-from peft_dpzero.release.record import privacy_record, save_card, save_record
+from peft_dpzero.release.record import privacy_record, save_record
 from peft_dpzero.release.replay import replay_journal
 from peft_dpzero.release.start import save_start
-from peft_dpzero.release.verify import Check, verify
+from peft_dpzero.release.verify import verify
 from peft_dpzero.step import PrivateStep
 from peft_dpzero.trainer import DPZeroTrainer, DPZeroTrainerMixin
 

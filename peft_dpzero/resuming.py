@@ -22,11 +22,12 @@ from peft_dpzero.guards import check_dataset
 from peft_dpzero.mechanism.accountant import Segment
 from peft_dpzero.mechanism.plan import PrivacyPlan, make_plan
 from peft_dpzero.perturbation import Perturbation
-from peft_dpzero.release.header import plan_header, releases
+from peft_dpzero.release.digests import files_digest
+from peft_dpzero.release.header import in_version, plan_header, releases
 from peft_dpzero.release.journal import JOURNAL_NAME, Journal, JournalSegment
 from peft_dpzero.release.optimizer import DPZeroOptimizer
 from peft_dpzero.release.record import RECORD_NAME
-from peft_dpzero.release.start import files_digest, load_start, save_start
+from peft_dpzero.release.start import load_start, save_start
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Host
@@ -169,7 +170,10 @@ class ResumingMixin(_Host):  # type: ignore[misc]
             load_start(perturbation, folder, start)
         self.create_optimizer()
         self._dpzero_optimizer.state.clear()
-        self._journal.begin(plan_header(self.privacy_plan, perturbation, self._dpzero_optimizer, self.model, start))
+        header = plan_header(self.privacy_plan, perturbation, self._dpzero_optimizer, self.model, start)
+        if self._journal.entries:
+            header = in_version(header, self._segments[0].header["format_version"])
+        self._journal.begin(header)
 
     def _on_main_process(self, work: Any) -> Any:
         """What `work` returns or raises on the first process, on all of them."""

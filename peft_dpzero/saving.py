@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from transformers.utils import PushInProgress
 
 from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.perturbation import Perturbation
-from peft_dpzero.release.bundle import RELEASED_FILES, copy_evidence, sealed
+from peft_dpzero.release.bundle import EVIDENCE, copy_evidence, is_released, sealed
+from peft_dpzero.release.card import CARD_NAME, save_card
 from peft_dpzero.release.journal import Journal
-from peft_dpzero.release.record import CARD_NAME, save_card, save_record
+from peft_dpzero.release.record import save_record
+from peft_dpzero.release.staging import put_in_place, staging
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Host
@@ -41,6 +44,8 @@ class SavingMixin(_Host):  # type: ignore[misc]
     _journal: Journal | None
     # The step that the weights are of, if that is not the last one.
     _weights_step: int | None
+    # What the last save wrote: a push uploads that and nothing else.
+    _written: tuple[Path, tuple[str, ...]] | None = None
 
     def privacy_record(self) -> dict[str, Any]:
         """The record of the releases made so far."""
@@ -52,11 +57,10 @@ class SavingMixin(_Host):  # type: ignore[misc]
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Any] | None = None) -> None:
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        model.save_pretrained(folder, state_dict=state_dict)
-        self._save_claims(folder)
+        with self._writing(Path(output_dir or self.args.output_dir)) as folder:
+            model.save_pretrained(folder, state_dict=state_dict)
+            self._save_claims(folder)
 
     def save_journal(self, output_dir: str, **card_data: Any) -> None:
         """Saves the model as its journal: kilobytes, from which `replay_journal` makes the weights again.
@@ -70,16 +74,25 @@ class SavingMixin(_Host):  # type: ignore[misc]
             raise DPZeroError("There is no journal yet: call train() first.")
         if not self.is_world_process_zero():
             return
-        folder = Path(output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if hasattr(model, "peft_config"):
-            model.peft_config[model.active_adapter].save_pretrained(folder)
-        else:
-            model.config.save_pretrained(folder)
-        self._save_claims(folder, **card_data)
-        with (folder / CARD_NAME).open("a", encoding="utf-8") as card:
-            card.write(_REBUILDING.format(base=_hub_name(model) or "BASE"))
+        with self._writing(Path(output_dir)) as folder:
+            if hasattr(model, "peft_config"):
+                model.peft_config[model.active_adapter].save_pretrained(folder)
+            else:
+                model.config.save_pretrained(folder)
+                if model.can_generate():
+                    model.generation_config.save_pretrained(folder)
+            self._save_claims(folder, **card_data)
+            with (folder / CARD_NAME).open("a", encoding="utf-8") as card:
+                card.write(_REBUILDING.format(base=_hub_name(model) or "BASE"))
+
+    @contextmanager
+    def _writing(self, folder: Path) -> Iterator[Path]:
+        """Where to write what goes to `folder`, where it is put as a whole after the block."""
+        with staging(folder) as staged:
+            yield staged
+            own = self._journal is not None and self._journal.path.parent.resolve() == folder.resolve()
+            self._written = folder, put_in_place(staged, folder, EVIDENCE if own else ())
 
     def _save_claims(self, folder: Path, **card_data: Any) -> None:
         self.dpzero_config.save_pretrained(folder)
@@ -89,21 +102,21 @@ class SavingMixin(_Host):  # type: ignore[misc]
             step = self.state.global_step if self._weights_step is None else self._weights_step
             record = sealed(record, folder, self._journal, self._perturbation(), step)
         save_record(record, folder)
-        self._save_card(folder, **card_data)
+        self._save_card(record, folder, **card_data)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self._weights_step = self.state.best_global_step
 
-    def _save_card(self, folder: Path, **card_data: Any) -> None:
+    def _save_card(self, record: dict[str, Any], folder: Path, **card_data: Any) -> None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         library = "peft" if hasattr(model, "peft_config") else "transformers"
-        save_card(self.privacy_record(), folder, _hub_name(model), library, **card_data)
+        save_card(record, folder, _hub_name(model), library, **card_data)
 
     def create_model_card(self, *args: Any, **card_data: Any) -> None:
         """Writes the privacy statement to README.md. `card_data`: language, license, tags … of the card's YAML."""
         if self.is_world_process_zero():
-            self._save_card(Path(self.args.output_dir), **card_data)
+            self._save_card(self.privacy_record(), Path(self.args.output_dir), **card_data)
 
     def push_to_hub(
         self,
@@ -115,7 +128,8 @@ class SavingMixin(_Host):  # type: ignore[misc]
         format: str = "weights",
         **card_data: Any,
     ) -> Any:
-        """Saves and uploads the model, its journal, configuration, record and card; no other file of the folder.
+        """Saves and uploads the model, its journal, configuration, record and card: what was just written, and no other
+        file of the folder.
 
         With `format="journal"` no weights are uploaded: the base model and the journal make them again, at kilobytes
         (see `save_journal`). This upload always blocks.
@@ -152,12 +166,14 @@ class SavingMixin(_Host):  # type: ignore[misc]
         self.push_in_progress = PushInProgress([job])
 
     def _upload(self, folder: str, message: str | None, **kwargs: Any) -> Any:
-        return HfApi().upload_folder(
-            repo_id=self.hub_model_id,
-            folder_path=folder,
-            commit_message=message,
-            allow_patterns=list(RELEASED_FILES),
-            **kwargs,
+        """Uploads what the last save wrote to `folder`, file by file."""
+        assert self._written is not None
+        written, names = self._written
+        if written != Path(folder):
+            raise RuntimeError(f"{folder} was not the last folder to be saved to.")
+        added = [CommitOperationAdd(name, written / name) for name in names if is_released(name)]
+        return HfApi().create_commit(
+            self.hub_model_id, added, commit_message=message or "Upload of a release", **kwargs
         )
 
     def _save_rng_state(self, output_dir: str) -> None:

@@ -120,6 +120,7 @@ class PrivateStep:
         self.processes = AcceleratedProcesses(accelerator) if accelerator is not None else None
         self.mechanism = PrivateSum(plan.config, plan.expected_batch_size, self.processes, plan.loss_interval)
         self.replayed = interpreted(segments, self.mechanism)
+        self._next_release = max(len(self.replayed), plan.first_step)
         check_processes(self.processes.count if self.processes else 1, batches.world_size)
         if self.processes and self.processes.count > 1:
             check_agreement(plan, batches, perturbation, len(self.replayed), self.processes.gather)
@@ -132,7 +133,7 @@ class PrivateStep:
 
         Raises:
             PrivateStepError: something failed while private data was in hand.
-            RuntimeError: `step` lies beyond the plan's T.
+            RuntimeError: `step` lies beyond the plan's T, or it or a later one was released by this object.
         """
         if step >= self.plan.steps:
             raise RuntimeError(f"Step {step} would pass the planned {self.plan.steps} steps and their ε.")
@@ -140,6 +141,8 @@ class PrivateStep:
             released, rates = self.replayed[step].released, self.replayed[step].learning_rates
             self.optimizer.load(released, self.perturbation, rates)
             return StepReport(released)
+        if step < self._next_release:
+            raise RuntimeError(f"Step {step} or a later one was released before: each releases once, in order.")
         report = self._release(step)
         if self.journal is not None:
             rates = self.optimizer.learning_rates
@@ -167,5 +170,7 @@ class PrivateStep:
         if failure is not None:
             # Raised out here, it does not carry the withheld error as its __context__.
             raise failure
+        # Counted first: however the release ends, it is not made again.
+        self._next_release = step + 1
         released = self.mechanism.release(step, differences)
         return StepReport(released, self.mechanism.raw_loss(differences))

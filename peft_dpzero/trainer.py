@@ -42,6 +42,7 @@ from peft_dpzero.probe import Probe
 from peft_dpzero.probe_causes import check_batch_norm
 from peft_dpzero.quantised import check_quantisation, stack_4bit_products
 from peft_dpzero.release.journal import Journal, JournalSegment
+from peft_dpzero.release.ledger import record_of
 from peft_dpzero.release.optimizer import DPZeroOptimizer
 from peft_dpzero.release.record import privacy_record
 from peft_dpzero.reporting import ReportingMixin
@@ -129,8 +130,9 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin, ReportingMixin):
 
     def privacy_record(self) -> dict[str, Any]:
         """The record of the releases made so far."""
-        done = len(self._journal.entries) if self._journal is not None else self.state.global_step
-        return privacy_record(self.privacy_plan, done, self._private_losses)
+        if self._journal is not None and self._journal.segments:
+            return record_of(self._journal.segments)
+        return privacy_record(self.privacy_plan, self.state.global_step, self._private_losses)
 
     # ---- Training ----
 

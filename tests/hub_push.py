@@ -13,6 +13,14 @@ from safetensors.torch import save_file
 from tiny import arguments, tiny_dataset, tiny_model
 
 
+def strays(folder: Path) -> None:
+    """Somebody else's files, under names that a release could have too."""
+    for name in ("model.safetensors", "config.json", "model-00001-of-00002.safetensors"):
+        for place in (folder, folder / "model-x"):
+            place.mkdir(parents=True, exist_ok=True)
+            (place / name).write_bytes(b"somebody else's")
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     base = tiny_model("classifier")
@@ -34,7 +42,9 @@ def main() -> None:
         train_dataset=tiny_dataset("classifier"),
         dpzero_config=DPZeroConfig(noise_multiplier=1.0, target_delta=1e-5, num_directions=2),
     )
+    strays(folder / "run")
     trainer.train()
+    strays(folder / "run" / "checkpoint-4")
     trainer.push_to_hub(tags=["demo"], license="apache-2.0")
     ids = torch.arange(5, 13)[None]
     with torch.no_grad():

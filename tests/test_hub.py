@@ -21,7 +21,14 @@ RELEASE = {
     "dpzero_start.safetensors",
     "privacy_record.json",
 }
-JOURNAL_RELEASE = {"README.md", "config.json", "dpzero_config.json", "dpzero_journal", "privacy_record.json"}
+JOURNAL_RELEASE = {
+    "README.md",
+    "config.json",
+    "dpzero_config.json",
+    "dpzero_journal",
+    "generation_config.json",
+    "privacy_record.json",
+}
 
 
 def run(script: str, folder: Path, endpoint: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,10 +16,26 @@ import pytest
 import torch
 from dp_accounting.pld import PLDAccountant
 from peft import LoraConfig, get_peft_model
-from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer, make_plan, verify
+from peft_dpzero import (
+    DPZeroConfig,
+    DPZeroError,
+    DPZeroOptimizer,
+    DPZeroTrainer,
+    LogicalBatches,
+    Losses,
+    Perturbation,
+    PoissonSampler,
+    PrivateStep,
+    Shapes,
+    infer_task,
+    make_plan,
+    new_secret,
+    verify,
+)
 from peft_dpzero.mechanism.accountant import Accountant, Segment
 from peft_dpzero.release.journal import read_journal
 from safetensors.torch import load_file
+from transformers import default_data_collator
 
 import killed_runs
 from tiny import arguments, tiny_dataset, tiny_model
@@ -148,6 +165,50 @@ def test_without_a_checkpoint_a_run_goes_on_from_its_start(tmp_path: Path) -> No
     again.train(resume_from_checkpoint=True)
     ours, theirs = (dict(trainer.model.named_parameters()) for trainer in (whole, again))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_ctrl_c_while_a_release_goes_to_disk_forgets_no_epsilon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = run(tmp_path / "out", 6)
+    real = os.fsync
+
+    def interrupted(file: int) -> None:
+        real(file)
+        path = tmp_path / "out" / "dpzero_journal"
+        if path.exists() and path.read_bytes().count(b'"step"') == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    monkeypatch.setattr(os, "fsync", real)
+    assert stopped.state.global_step == 2
+    assert stopped.privacy_record()["steps"] == 3
+    assert stopped.privacy_record()["epsilon"] == stopped.privacy_plan.epsilon(3)
+    stopped.save_model(str(tmp_path / "early"))
+    statuses = {check.name: check.status for check in verify(tmp_path / "early")}
+    assert "FAILED" not in statuses.values()
+    assert stopped.train(resume_from_checkpoint=True).global_step == 6
+    assert [entry.step for entry in read_journal(tmp_path / "out" / "dpzero_journal").entries] == list(range(6))
+
+
+def test_a_step_without_a_journal_releases_once_and_in_order() -> None:
+    model, data = tiny_model("classifier"), tiny_dataset("classifier")
+    plan = make_plan(DPZeroConfig(noise_multiplier=1.0, target_delta=1e-5, num_directions=2), len(data), 4, 3)
+    perturbation, task = Perturbation(model), infer_task(model)
+    optimizer = DPZeroOptimizer(perturbation.parameters.values())
+    batches = LogicalBatches(
+        data, PoissonSampler(len(data), plan.sample_rate, new_secret()), default_data_collator, Shapes(4, 4)
+    )
+    step = PrivateStep(model, plan, batches, Losses(model, task, lambda batch: batch), perturbation, optimizer)
+    step(1)
+    for number in (1, 0):
+        with pytest.raises(RuntimeError, match="releases once, in order"):
+            step(number)
+    step(2)
+    with pytest.raises(RuntimeError, match="planned 3 steps"):
+        step(3)
 
 
 @pytest.mark.parametrize(

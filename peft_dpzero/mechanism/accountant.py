@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -81,11 +81,6 @@ class Accountant:
         """The accountant of the guarantee that `config` asks for."""
         assert config.target_delta is not None
         return cls(config.neighboring, config.target_delta, config.mechanism, interval)
-
-    @classmethod
-    def of_record(cls, record: Mapping[str, Any]) -> Accountant:
-        """The accountant of the guarantee that a privacy record claims."""
-        return cls(record["neighboring"], record["delta"], record["mechanism"].removeprefix(_EVENT_NAME))
 
     @property
     def event_name(self) -> str:

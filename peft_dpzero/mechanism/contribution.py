@@ -45,6 +45,10 @@ class Contributions:
         """Whether `step` releases the loss: each `loss_interval`-th does."""
         return self.loss_interval > 0 and (step + 1) % self.loss_interval == 0
 
+    def width(self, step: int) -> int:
+        """How many values `step` releases."""
+        return self.config.num_directions + self.releases_loss(step) + self.counts
+
     def difference_weight(self, step: int) -> float:
         """√(1 − a − b): what the other releases of `step` leave to the differences."""
         return math.sqrt(1.0 - LOSS_SHARE * self.releases_loss(step) - COUNT_SHARE * self.counts)

@@ -20,6 +20,7 @@ class PrivacyPlan:
         steps: T, the last step's number plus one, earlier segments counted.
         spent: the segments that were released before this plan's own, for a run that is continued.
         loss_interval: steps between released losses, with train_loss="private".
+        requested: the user's own config, in which σ need not be known yet.
     """
 
     config: DPZeroConfig
@@ -28,6 +29,7 @@ class PrivacyPlan:
     steps: int
     spent: tuple[Segment, ...] = ()
     loss_interval: int = 0
+    requested: DPZeroConfig | None = None
 
     @property
     def first_step(self) -> int:
@@ -104,7 +106,7 @@ def make_plan(
             f"target_delta={accountant.delta:g} is not below 1/N = {1 / num_units:.3g}: such a δ would allow "
             f"publishing somebody's data outright. Use at most {0.1 / num_units:.1g}."
         )
-    sample_rate = expected_batch_size / num_units
+    requested, sample_rate = config, expected_batch_size / num_units
     first = sum(segment.steps for segment in spent)
     if config.noise_multiplier is None:
         assert config.target_epsilon is not None
@@ -118,4 +120,4 @@ def make_plan(
                 f"Not one {'more ' if spent else ''}step with noise_multiplier={config.noise_multiplier:g} stays "
                 f"within target_epsilon={config.target_epsilon:g}: raise either."
             )
-    return PrivacyPlan(config, num_units, expected_batch_size, steps, spent, loss_interval)
+    return PrivacyPlan(config, num_units, expected_batch_size, steps, spent, loss_interval, requested)

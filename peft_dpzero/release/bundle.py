@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from fnmatch import fnmatch
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,19 @@ from huggingface_hub import HfApi, snapshot_download
 from peft_dpzero.config import CONFIG_NAME
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.perturbation import Perturbation
+from peft_dpzero.release.adapter import ADAPTER_CONFIG_NAME
+from peft_dpzero.release.card import CARD_NAME
+from peft_dpzero.release.digests import ADAPTER_NAME, file_digest, files_digest, is_model_file, parameters_digest
 from peft_dpzero.release.journal import JOURNAL_NAME, Journal
-from peft_dpzero.release.record import CARD_NAME, RECORD_NAME
-from peft_dpzero.release.start import START_NAME, files_digest, parameters_digest
+from peft_dpzero.release.record import RECORD_NAME
+from peft_dpzero.release.start import START_NAME
 
-# All that a push may upload.
-RELEASED_FILES = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
+# What a push may upload, with a whole model's weights in one file or several.
+_RELEASED = (
+    ADAPTER_NAME,
+    ADAPTER_CONFIG_NAME,
     "config.json",
     "generation_config.json",
-    "model.safetensors",
-    "model-*.safetensors",
     "model.safetensors.index.json",
     CONFIG_NAME,
     RECORD_NAME,
@@ -32,17 +33,31 @@ RELEASED_FILES = (
     START_NAME,
 )
 # What else may lie in a release's folder: figures on evaluation data, which is public, and the Hub's own.
-HARMLESS_FILES = ("metrics.json", ".gitattributes")
+_HARMLESS = ("metrics.json", ".gitattributes")
+# What lies beside the journal while a run is going on.
+EVIDENCE = (JOURNAL_NAME, START_NAME)
+# The record cannot hold its own hash, and the card may get a better text.
+_BY_CONTENT = (RECORD_NAME, CARD_NAME)
 
 
 def is_released(name: str) -> bool:
-    """Whether a release may hold the file `name`, a path relative to its folder."""
-    return "/" not in name and any(fnmatch(name, pattern) for pattern in (*RELEASED_FILES, *HARMLESS_FILES))
+    """Whether a push may upload the file `name`, a path relative to the release's folder."""
+    return name in _RELEASED or is_model_file(name)
+
+
+def is_tolerated(name: str) -> bool:
+    """Whether a release's folder may hold the file `name`."""
+    return is_released(name) or name in _HARMLESS
+
+
+def is_hashed(name: str) -> bool:
+    """Whether the record notes the hash of the file `name`."""
+    return is_released(name) and name not in _BY_CONTENT
 
 
 def copy_evidence(journal: Journal, folder: Path) -> None:
     """Puts a run's journal, and its start if it has one, into `folder`."""
-    for name in (JOURNAL_NAME, START_NAME):
+    for name in EVIDENCE:
         source = journal.path.parent / name
         if source.exists() and folder.resolve() != source.parent.resolve():
             shutil.copyfile(source, folder / name)
@@ -51,15 +66,16 @@ def copy_evidence(journal: Journal, folder: Path) -> None:
 def sealed(
     record: dict[str, Any], folder: Path, journal: Journal, perturbation: Perturbation, step: int | None = None
 ) -> dict[str, Any]:
-    """`record` with the hashes that bind it to a journal and to the weights.
+    """`record` with the hashes that bind it to a journal, to the weights and to the other files of the release.
 
     Args:
         record: from `privacy_record`.
-        folder: where the model was saved.
+        folder: where the model, its configuration and the journal were saved.
         journal: the run's.
         perturbation: over the trained model.
         step: how many releases the weights are made of; None for all.
     """
+    names = sorted(path.name for path in folder.iterdir() if is_hashed(path.name))
     return {
         **record,
         "journal": {"entries": len(journal.entries), "sha256": journal.checksum},
@@ -68,6 +84,7 @@ def sealed(
             "parameters_sha256": parameters_digest(perturbation),
             "file_sha256": files_digest(folder),
         },
+        "files": {name: file_digest(folder / name) for name in names},
     }
 
 
@@ -84,8 +101,13 @@ def fetch_release(name: str | Path) -> tuple[Path, list[str]]:
         return folder, sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir())
     try:
         files = HfApi().list_repo_files(str(name))
-        return Path(snapshot_download(str(name), allow_patterns=list(RELEASED_FILES))), sorted(files)
+        return Path(snapshot_download(str(name), allow_patterns=_wanted(files))), sorted(files)
     except Exception as error:
         raise DPZeroError(
             f"{name} is neither a folder nor a repository on the Hub that can be read ({type(error).__name__})."
         ) from None
+
+
+def _wanted(files: Iterable[str]) -> list[str]:
+    """The names of a repository's files that belong in a release. They hold no wildcard, so each matches itself."""
+    return [name for name in files if is_released(name)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,11 +11,16 @@ from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.mechanism.accountant import Segment
 from peft_dpzero.mechanism.plan import PrivacyPlan
 from peft_dpzero.perturbation import Perturbation
+from peft_dpzero.release.adapter import adapter_header
+from peft_dpzero.release.digests import parameters_digest
+from peft_dpzero.release.frozen import frozen_header
 from peft_dpzero.release.journal import JournalSegment
 from peft_dpzero.release.optimizer import DPZeroOptimizer
-from peft_dpzero.release.start import parameters_digest
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+# Version 2 lacks `requested`, `adapter` and `frozen`.
+READABLE_VERSIONS = (2, 3)
+_SINCE_3 = ("requested", "adapter", "frozen")
 
 
 def plan_header(
@@ -24,19 +30,23 @@ def plan_header(
     model: Any = None,
     start: str | None = None,
 ) -> dict[str, Any]:
-    """All that replaying and accounting need, JSON-ready.
+    """All that replaying, accounting and checking need, JSON-ready.
 
     Args:
         plan: the segment's plan.
         perturbation: over the model.
         optimizer: what applies the releases.
-        model: the model, whose class and number of labels are noted, so that its base can be built again.
+        model: the model. Its class and number of labels are noted, so that its base can be built again, with its
+            adapter's configuration and a hash of its frozen weights. None takes the one that `perturbation` is over.
         start: digest of the trained parameters at the start of the run; None takes them as they are now.
     """
+    model = perturbation.model if model is None else model
+    requested = plan.config if plan.requested is None else plan.requested
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return {
         "format_version": FORMAT_VERSION,
         "config": {k: str(v) if v == math.inf else v for k, v in asdict(plan.config).items()},
+        "requested": {key: getattr(requested, key) for key in ("target_epsilon", "noise_multiplier")},
         "sample_rate": plan.sample_rate,
         "expected_batch_size": plan.expected_batch_size,
         "first_step": plan.first_step,
@@ -49,9 +59,18 @@ def plan_header(
         "trainable": [
             [name, str(p.dtype).removeprefix("torch."), list(p.shape)] for name, p in perturbation.parameters.items()
         ],
+        "adapter": adapter_header(model),
+        "frozen": frozen_header(model, perturbation.parameters),
         "optimizer": optimizer.settings(perturbation),
         "start": parameters_digest(perturbation) if start is None else start,
     }
+
+
+def in_version(header: dict[str, Any], version: int) -> dict[str, Any]:
+    """`header` as an older version of this package would have written it, for a run that was begun by one."""
+    if version >= FORMAT_VERSION:
+        return header
+    return {key: value for key, value in header.items() if key not in _SINCE_3} | {"format_version": version}
 
 
 def segment_config(segment: JournalSegment) -> DPZeroConfig:
@@ -60,7 +79,7 @@ def segment_config(segment: JournalSegment) -> DPZeroConfig:
     return DPZeroConfig.from_dict({key: math.inf if value == "inf" else value for key, value in values.items()})
 
 
-def releases(segments: list[JournalSegment]) -> tuple[Segment, ...]:
+def releases(segments: Sequence[JournalSegment]) -> tuple[Segment, ...]:
     """What the accountant needs to know of the entries of `segments`."""
     return tuple(
         Segment(s.header["config"]["noise_multiplier"], s.header["sample_rate"], len(s.entries)) for s in segments

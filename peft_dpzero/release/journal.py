@@ -8,6 +8,7 @@ entries after it are applied again instead of being released again.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -127,7 +128,8 @@ class Journal:
     def __init__(self, path: Path, header: dict[str, Any] | None = None) -> None:
         self.path = path
         self._file: int | None = None
-        self._content = JournalContent()
+        self._read = JournalContent()
+        self._in_doubt = False
         if path.exists():
             self._open()
         if header is not None:
@@ -147,6 +149,16 @@ class Journal:
     def checksum(self) -> str:
         """SHA-256 of the last line, which covers the whole file."""
         return self._content.checksum
+
+    @property
+    def _content(self) -> JournalContent:
+        """What the file holds: read again if an append was interrupted, since its line may be whole by then."""
+        if self._in_doubt:
+            self._read = _parsed(self.path.read_bytes(), self.path)
+            if self._file is not None:
+                self._truncate()
+            self._in_doubt = False
+        return self._read
 
     def begin(self, header: dict[str, Any]) -> None:
         """Goes on with the segment of `header`, or opens it.
@@ -174,7 +186,7 @@ class Journal:
         if segments and segments[-1].header == header:
             return
         if segments and not (
-            header.get("first_step") == self._content.count and _continues(segments[-1].header, header)
+            header.get("first_step") == self._content.count and continues(segments[-1].header, header)
         ):
             raise DPZeroError(
                 f"{self.path} belongs to a run with other settings ({_differences(segments[-1].header, header)}): use "
@@ -196,7 +208,13 @@ class Journal:
 
     def close(self) -> None:
         """Lets other processes write the file. What was read and written stays readable here."""
-        if self._file is not None:
+        if self._file is None:
+            return
+        try:
+            # The torn end of an interrupted append is dropped while the file can be written.
+            with contextlib.suppress(OSError, DPZeroError):
+                _ = self._content
+        finally:
             os.close(self._file)
             self._file = None
 
@@ -211,7 +229,7 @@ class Journal:
             _lock(self._file, self.path)
             if new:
                 _sync_folder(self.path.parent)
-            self._content = _parsed(self.path.read_bytes(), self.path)
+            self._read = _parsed(self.path.read_bytes(), self.path)
             self._truncate()
         except DPZeroError:
             self.close()
@@ -219,8 +237,8 @@ class Journal:
 
     def _truncate(self) -> None:
         assert self._file is not None
-        if os.fstat(self._file).st_size > self._content.size:
-            os.ftruncate(self._file, self._content.size)
+        if os.fstat(self._file).st_size > self._read.size:
+            os.ftruncate(self._file, self._read.size)
             os.fsync(self._file)
 
     def _append(self, content: dict[str, Any]) -> None:
@@ -228,11 +246,13 @@ class Journal:
             raise RuntimeError(f"{self.path} is closed: nothing can be released.")
         checksum = _chained(self._content.checksum, content)
         line = (json.dumps({**content, "sha256": checksum}) + "\n").encode()
+        self._in_doubt = True
         written = 0
         while written < len(line):
             written += os.write(self._file, line[written:])
         os.fsync(self._file)
-        self._content.add(content, line)
+        self._read.add(content, line)
+        self._in_doubt = False
 
 
 def _parsed(data: bytes, path: Path) -> JournalContent:
@@ -279,11 +299,12 @@ def _chained(previous: str, content: dict[str, Any]) -> str:
 
 
 # What may change from one segment of a run to the next.
-_PER_SEGMENT = ("steps", "first_step", "sample_rate", "expected_batch_size", "loss_interval")
+_PER_SEGMENT = ("steps", "first_step", "sample_rate", "expected_batch_size", "loss_interval", "requested")
 _PER_SEGMENT_CONFIG = ("noise_multiplier", "target_epsilon")
 
 
-def _continues(before: dict[str, Any], after: dict[str, Any]) -> bool:
+def continues(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Whether a segment with the header `after` may follow one with `before`: more steps with all else unchanged."""
     return _fixed(before) == _fixed(after) and after["steps"] > before["steps"]
 
 
@@ -301,7 +322,8 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> str:
             names += [f"{key}.{k}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
         elif old != new:
             names.append(key)
-    return ", ".join(names)
+    # What was requested shows in the config that was made of it, unless the result is the same.
+    return ", ".join([name for name in names if not name.startswith("requested.")] or names)
 
 
 def _lock(file: int, path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.mechanism.private_sum import PrivateSum, Released
 from peft_dpzero.perturbation import Perturbation
-from peft_dpzero.release.header import FORMAT_VERSION, segment_config
+from peft_dpzero.release.header import READABLE_VERSIONS, segment_config
 from peft_dpzero.release.journal import JOURNAL_NAME, JournalSegment, read_journal
 from peft_dpzero.release.optimizer import DPZeroOptimizer
 from peft_dpzero.release.start import load_start
@@ -66,8 +66,8 @@ def replay_journal(model: nn.Module, journal: str | Path, steps: int | None = No
     path = path / JOURNAL_NAME if path.is_dir() else path
     segments = read_journal(path).segments
     header = segments[0].header
-    if header.get("format_version") != FORMAT_VERSION:
-        raise DPZeroError(f"{path} has format {header.get('format_version')}; this version reads {FORMAT_VERSION}.")
+    if (version := header.get("format_version")) not in READABLE_VERSIONS:
+        raise DPZeroError(f"{path} has format {version}; this version reads {', '.join(map(str, READABLE_VERSIONS))}.")
     _shape_as_trained(model, header)
     config = segment_config(segments[0])
     perturbation = Perturbation(model, config.direction_seed, config.direction_distribution)

@@ -1,71 +1,21 @@
-"""Where training starts and what it ends in, as hashes and as a file: before any data is seen, and after."""
+"""Where training starts: the trained parameters before any data is seen, as a file and as a hash."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.perturbation import Perturbation
+from peft_dpzero.release.digests import parameters_digest
 
 START_NAME = "dpzero_start.safetensors"
-ADAPTER_NAME = "adapter_model.safetensors"
-
-
-def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of `tensors`, in their order."""
-    total = hashlib.sha256()
-    for name, tensor in tensors:
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        total.update(json.dumps([name, dtype, list(tensor.shape)]).encode())
-        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-        total.update(flat.view(torch.uint8).numpy().data)
-    return total.hexdigest()
-
-
-def parameters_digest(perturbation: Perturbation) -> str:
-    """`digest` of the trained parameters, as they are now."""
-    return digest(perturbation.parameters.items())
-
-
-def model_files(folder: Path) -> list[Path]:
-    """The weight files that `save_pretrained` leaves: the adapter's, or the model's."""
-    adapter = folder / ADAPTER_NAME
-    return [adapter] if adapter.exists() else sorted(folder.glob("model*.safetensors"))
-
-
-def files_digest(folder: Path) -> str | None:
-    """`digest` of the tensors in a saved model's weight files, sorted by name; None if there are none.
-
-    Raises:
-        DPZeroError: a file is damaged.
-    """
-    files = model_files(folder)
-    return digest(saved_tensors(files)) if files else None
-
-
-def saved_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of several safetensors files, one at a time, file by file and sorted by name in each.
-
-    Raises:
-        DPZeroError: a file is damaged.
-    """
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in sorted(file.keys()):
-                    yield name, file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise DPZeroError(f"{path} cannot be read: {error}") from None
 
 
 def save_start(model: Any, perturbation: Perturbation, folder: Path) -> None:

@@ -56,7 +56,12 @@ class Ours:
         assert probe.reason is None, probe.reason
         losses = probe.losses(perturbation, partial(send_to_device, device=device))
         batches = Batches(workload).logical(shapes)
-        self.step = PrivateStep(workload.model, plan, batches, losses, perturbation, self.optimizer)
+        self._new_step = partial(PrivateStep, workload.model, plan, batches, losses, perturbation, self.optimizer)
+        self.step = self._new_step()
+
+    def prepare(self, number: int, rows: list[Row]) -> None:
+        """A run of its own: within one, a step releases once, and it is measured many times."""
+        self.step = self._new_step()
 
     def __call__(self, number: int, rows: list[Row]) -> None:
         self.step(number)

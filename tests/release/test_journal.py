@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,31 @@ def test_a_death_before_the_first_release_leaves_no_trace(tmp_path: Path) -> Non
         assert len(path.read_bytes().splitlines()) == 1
     Journal(path, {**HEADER, "steps": 9}).close()
     assert [segment.header["steps"] for segment in read_journal(path).segments] == [9]
+
+
+@pytest.mark.parametrize("where", ["before the line", "in the line", "after the line"])
+def test_an_interrupted_append_counts_what_is_on_disk(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "journal"
+    journal = Journal(path, HEADER)
+    journal.record(0, (0.1,), 7, [1])
+    whole = {"write": os.write, "fsync": os.fsync}
+
+    def interrupted(file: int, line: bytes = b"") -> int:
+        if where == "in the line":
+            whole["write"](file, line[:20])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync" if where == "after the line" else "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            journal.record(1, (0.1,), 7, [2])
+    made = 2 if where == "after the line" else 1
+    assert len(journal.entries) == path.read_bytes().count(b'"step"') == made
+    journal.record(made, (0.1,), 7, [3])
+    journal.close()
+    assert [entry.values for entry in read_journal(path).entries] == [*[(1,), (2,)][:made], (3,)]
 
 
 def damaged(lines: list[bytes]) -> dict[str, list[bytes]]:
