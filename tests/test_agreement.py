@@ -10,12 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft_dpzero import DPZeroConfig, DPZeroError, LogicalBatches, Perturbation, PoissonSampler, make_plan, new_secret
+from peft_dpzero import (
+    DPZeroConfig,
+    DPZeroError,
+    LogicalBatches,
+    Perturbation,
+    PoissonSampler,
+    Shapes,
+    make_plan,
+    new_secret,
+)
 from peft_dpzero.agreement import check_agreement
 from peft_dpzero.estimation.fingerprint import content_digest
 from peft_dpzero.estimation.units import units_by_column
 from torch import nn
 
+SHAPES = Shapes(expected_rows=8, most_rows=4, limit=64)
 ROWS = [{"input_ids": torch.arange(i, i + 4), "labels": i % 2, "user": i // 2} for i in range(100)]
 
 
@@ -40,7 +50,7 @@ def facts(rank: int = 0, data: Any = ROWS, replayed: int = 0, sizes: tuple[int, 
     units = units_by_column(data, config.privacy_unit, 4) if config.privacy_unit else None
     plan = make_plan(config, len(units or data), 8, 3)
     sampler = PoissonSampler(plan.num_units, plan.sample_rate, new_secret())
-    batches = LogicalBatches(data, sampler, list, 4, rank, 2, units)
+    batches = LogicalBatches(data, sampler, list, SHAPES, rank, 2, units)
     sent: list[Mapping[str, str]] = []
 
     def gather(own: Mapping[str, str]) -> list[Mapping[str, str]]:
@@ -52,7 +62,7 @@ def facts(rank: int = 0, data: Any = ROWS, replayed: int = 0, sizes: tuple[int, 
 
 
 def compared(*sent: Mapping[str, str]) -> None:
-    batches = LogicalBatches(ROWS, PoissonSampler(100, 0.08, new_secret()), list, 4)  # type: ignore[arg-type]
+    batches = LogicalBatches(ROWS, PoissonSampler(100, 0.08, new_secret()), list, SHAPES)  # type: ignore[arg-type]
     plan = make_plan(DPZeroConfig(noise_multiplier=1.0, target_delta=1e-3), 100, 8, 3)
     check_agreement(plan, batches, Perturbation(nn.Linear(3, 2)), 0, lambda own: sent)
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer, LogicalBatches, PoissonSampler, audit
+from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer, LogicalBatches, PoissonSampler, Shapes, audit
 from peft_dpzero.auditing.canaries import CanaryData, random_canaries
 from peft_dpzero.estimation.sampling import seeded_secret
 from peft_dpzero.estimation.units import units_by_column
+from transformers import default_data_collator
 
 from tiny import VOCABULARY, arguments, tiny_dataset, tiny_model
 
@@ -86,8 +87,10 @@ def test_absent_canaries_are_never_handed_out_and_keep_their_index() -> None:
 
 def test_a_step_that_draws_absent_canaries_alone_has_no_rows() -> None:
     data = CanaryData(tiny_dataset("classifier", 1), np.zeros(200, dtype=bool))
-    batches = LogicalBatches(data, PoissonSampler(len(data), 0.05, seeded_secret(0)), lambda rows: {"rows": rows}, 4)
-    counts = [sum(len(batch["rows"]) for batch in batches.draw(step).micro_batches) for step in range(40)]
+    shapes = Shapes(expected_rows=4, most_rows=4, limit=64)
+    sampler = PoissonSampler(len(data), 0.05, seeded_secret(0))
+    batches = LogicalBatches(data, sampler, default_data_collator, shapes)
+    counts = [sum(batches.draw(step).counts) for step in range(40)]
     assert set(counts) == {0, 1}
 
 
