@@ -533,3 +533,24 @@ def test_an_adaptive_threshold_survives_a_crash(tmp_path: Path) -> None:
     resumed.train(resume_from_checkpoint=True)
     assert (tmp_path / "cut/dpzero_journal").read_bytes() == (tmp_path / "whole/dpzero_journal").read_bytes()
     assert torch.equal(weights(resumed.model), weights(whole.model))
+
+
+def test_half_precision_passes_are_probed_as_they_run(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_model("causal_lm"), LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False))
+    run = trainer(tmp_path, model, train_dataset=tiny_dataset("causal_lm"), bf16=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run.train()
+    assert run.state.global_step == 3
+
+
+def test_examples_beyond_the_public_bound_contribute_nothing(tmp_path: Path) -> None:
+    data = tiny_dataset("classifier", length=9)
+    for bound, moves in ((9, True), (8, False)):
+        settings = {"noise_multiplier": 0.0, "max_length": bound}
+        run = trainer(tmp_path / str(bound), dpzero=config(**settings), train_dataset=data, max_steps=1)
+        before = weights(run.model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run.train()
+        assert torch.equal(before, weights(run.model)) != moves

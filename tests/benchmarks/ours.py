@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from peft_dpzero import (
     DPZeroConfig,
     DPZeroOptimizer,
     LogicalBatches,
+    Losses,
     Perturbation,
     PoissonSampler,
     PrivateStep,
@@ -18,6 +20,7 @@ from peft_dpzero import (
     Shapes,
     make_plan,
 )
+from peft_dpzero.estimation.passes import PLAIN
 from workloads import Row, Workload
 
 STEPS = 100_000
@@ -40,9 +43,16 @@ class Batches:
 
 
 class Ours:
-    """`PrivateStep` and the optimizer's update: sampling, directions, passes, clipping, noise and all."""
+    """`PrivateStep` and the optimizer's update: sampling, directions, passes, clipping, noise and all.
 
-    def __init__(self, workload: Workload, num_directions: int, **settings: Any) -> None:
+    Args:
+        workload: what is trained.
+        num_directions: K.
+        without: a field of `Shortcuts` that is switched off.
+        settings: further fields of `DPZeroConfig`.
+    """
+
+    def __init__(self, workload: Workload, num_directions: int, without: str | None = None, **settings: Any) -> None:
         config = DPZeroConfig(
             noise_multiplier=1.0, target_delta=1e-5, num_directions=num_directions, clipping_threshold=200.0, **settings
         )
@@ -55,6 +65,10 @@ class Ours:
         shapes = probe.fit_shapes(perturbation, Shapes(workload.batch_size, workload.micro_batch_size))
         assert probe.reason is None, probe.reason
         losses = probe.losses(perturbation, partial(send_to_device, device=device))
+        self.shortcuts = losses.shortcuts
+        if without is not None:
+            off = replace(self.shortcuts, **{without: getattr(PLAIN, without)})
+            losses = Losses(workload.model, workload.task, losses.place, off)
         batches = Batches(workload).logical(shapes)
         self._new_step = partial(PrivateStep, workload.model, plan, batches, losses, perturbation, self.optimizer)
         self.step = self._new_step()

@@ -39,7 +39,7 @@ class Workload:
 
     Attributes:
         name: "minilm", "gemma" or "llama".
-        mode: "lora" or "full".
+        mode: "lora", "upper" or "full".
         model: in eval mode; its trainable parameters are those of `mode`.
         rows: tokenised rows: `input_ids` and `labels`.
         task, collate: as `Losses` and `LogicalBatches` take them.
@@ -194,10 +194,13 @@ def pad_tokens(rows: Sequence[Row]) -> dict[str, Tensor]:
 
 
 def _tuned(base: Any, mode: str, task_type: str, targets: str | None = None) -> nn.Module:
-    """`base` with a LoRA adapter (rank 8, on PEFT's default layers or `targets`), or with all its parameters."""
+    """`base` with a LoRA adapter (rank 8, on PEFT's default layers or `targets`; "upper": in the upper third of the
+    model), or with all its parameters."""
     if mode == "full":
         return base.requires_grad_(True).eval()
-    return get_peft_model(base, LoraConfig(task_type=task_type, r=8, target_modules=targets)).eval()
+    layers = base.config.num_hidden_layers
+    upper = {"layers_to_transform": list(range(layers - layers // 3, layers))} if mode == "upper" else {}
+    return get_peft_model(base, LoraConfig(task_type=task_type, r=8, target_modules=targets, **upper)).eval()
 
 
 def _rows(ids: Sequence[list[int]], labels: Sequence[int]) -> list[Row]:
