@@ -6,7 +6,6 @@ with and without neighbors (`tests/zoo`). Rows of all other models go through on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,13 +18,11 @@ from peft_dpzero.estimation.verbalizer import Verbalizer
 ROWWISE_TASKS = (TokenTask, Seq2SeqTask, ClassificationTask, Verbalizer, FunctionTask)
 
 KNOWN_TYPES = (
-    *("albert", "bart", "bert", "bloom", "deberta-v2", "distilbert", "electra", "falcon", "gemma", "gemma2"),
+    *("albert", "bert", "bloom", "deberta-v2", "distilbert", "electra", "falcon", "gemma", "gemma2"),
     *("gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "modernbert", "opt", "phi3", "qwen2", "qwen3", "roberta"),
-    "t5",
 )
 KNOWN_ATTENTION = ("eager", "sdpa")
 KNOWN_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-_LIMITS = ("window", "position", "chunk", "length", "capacity", "block_size", "local_attention")
 _STOCK = ("torch.nn.", "transformers.", "bitsandbytes.")
 _ADAPTERS = ("peft.peft_model", "peft.utils.", "peft.tuners.tuners_utils")
 _TUNERS = ("ia3", "loha", "lokr", "lora", "p_tuning", "prefix_tuning", "prompt_tuning", "vera")
@@ -42,6 +39,8 @@ def reason_to_separate(model: Any, task: Task) -> str | None:
         return f"{type(task).__name__} is a task of your own"
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = getattr(base, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return f"a pass of {type(base).__name__} has two lengths, of which not all pairs can be tried"
     kind = getattr(config, "model_type", None)
     if kind not in KNOWN_TYPES:
         return f"{type(base).__name__} is of a type ({kind}) that is not known to keep rows apart"
@@ -78,19 +77,3 @@ def positions_of(model: Any) -> int | None:
         return None
     adapter = getattr(model, "active_peft_config", None)
     return limit - int(getattr(adapter, "num_virtual_tokens", None) or 0)
-
-
-def crossings(model: Any, longest: int) -> list[int]:
-    """Row lengths just past the limits that a model's config names (windows, trained lengths), up to `longest`."""
-    text = _text_config(model)
-    limits: set[int] = set()
-
-    def collect(values: Mapping[str, Any]) -> None:
-        for key, value in values.items():
-            if isinstance(value, Mapping):
-                collect(value)
-            elif isinstance(value, int) and any(part in key for part in _LIMITS):
-                limits.add(value)
-
-    collect(text.to_dict() if text is not None else {})
-    return sorted(limit + 1 for limit in limits if 1 < limit < longest)

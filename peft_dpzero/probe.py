@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_dpzero.architectures import ROWWISE_TASKS, crossings, positions_of, reason_to_separate
+from peft_dpzero.architectures import ROWWISE_TASKS, positions_of, reason_to_separate
 from peft_dpzero.errors import DPZeroError
+from peft_dpzero.estimation.differences import losses_at
 from peft_dpzero.estimation.losses import FunctionTask, Task, TokenTask
 from peft_dpzero.estimation.passes import Losses, MicroBatch
 from peft_dpzero.estimation.shapes import IGNORE, PASS_TOKENS, PASS_TOKENS_ELSEWHERE, Shapes
@@ -26,10 +27,11 @@ logger = logging.getLogger(__name__)
 
 # How far the probe moves the parameters: enough to show in float32 logits whatever the adapter.
 _PROBE_SCALE = 0.1
-# Lengths of the rows that are compared bit by bit, and up to which those past a limit of the config are tried.
-_LENGTHS = (6, 20)
+# Up to which lengths, and how many tokens a pass, it is tried whether rows keep their bits.
 _LONGEST = 1024
 _MOST_TOKENS = 4096
+# A smaller share of the model than this is not worth keeping.
+_WORTHWHILE_TRUNK = 0.05
 
 
 class Probe:
@@ -71,8 +73,8 @@ class Probe:
     def fit_shapes(self, perturbation: Perturbation, shapes: Shapes) -> Shapes:
         """`shapes` with what the model and the task ask for; one row a pass if rows are not known to be strangers.
 
-        Nor are they if a made-up row's loss depends on its batch-mates, at θ or near it, be it by one bit: `reason`
-        then says how.
+        Nor are they if a made-up row's loss depends on its batch-mates, at θ or near it: `reason` then says how. Rows
+        share passes at lengths only that `tried_shapes` finds.
 
         Args:
             perturbation: over the model.
@@ -91,7 +93,7 @@ class Probe:
         alone = self.data.alone(0)
         if any(self._differences(alone, alone, exactly=True)):
             raise dependence_error(Dependence("chance", *self._locate(alone, alone)))
-        if self.reason is None and (found := self._dependence(perturbation, shapes)) is not None:
+        if self.reason is None and (found := self._dependence(perturbation)) is not None:
             self.reason = told(found)
         return replace(shapes, alone=self.reason is not None)
 
@@ -111,9 +113,9 @@ class Probe:
             )
 
     def find_trunk(self, perturbation: Perturbation) -> SharedTrunk | None:
-        """The activations that directions can share, or None if there are none or sharing changes the output."""
+        """The activations that directions can share, or None if there are few or sharing changes the output."""
         trunk = SharedTrunk(self.model, self.run)
-        if not trunk.modules:
+        if trunk.share < _WORTHWHILE_TRUNK:
             return None
         with perturbation.at(0, 0, _PROBE_SCALE):
             plain = self.run()
@@ -137,31 +139,51 @@ class Probe:
         found = find_shortcuts(trials, self.find_trunk(perturbation), self.run)
         return Losses(self.model, self.task, place, found)
 
-    def _dependence(self, perturbation: Perturbation, shapes: Shapes) -> Dependence | None:
-        state = KeptState(self.model)
+    def tried_shapes(self, perturbation: Perturbation, losses: Losses, shapes: Shapes) -> Shapes:
+        """`shapes` with the padded lengths at which rows may share a pass: those at which no bit of a row's losses
+        depends on what the other rows hold, nor on the row's place.
+
+        Each is tried with `losses` on this machine, which is what a run does; a longer row than was tried goes alone.
+        """
+        if shapes.alone or not self.suits(losses.model):
+            return shapes
+        lengths = shapes.lengths(_LONGEST, _MOST_TOKENS)
+        kept = [length for length in lengths if self._keeps_bits(perturbation, losses, length, shapes)]
+        return replace(shapes, together=frozenset(kept))
+
+    def _keeps_bits(self, perturbation: Perturbation, losses: Losses, length: int, shapes: Shapes) -> bool:
+        count = shapes.wanted_rows(length)
+        own = max(1, length - 1 - len(self.data.slots))
+        row, other, *strangers = self.data.rows_of([own, own, *(1 + own * i // count for i in range(1, count))])
+        companies = ([row] * count, [row, *strangers], [*strangers, row], [other] * count)
+        batches = [self.data.batch(Arrangement(rows, 0, length)) for rows in companies]
+        points = [(0, _PROBE_SCALE), (0, -_PROBE_SCALE)]
+        try:
+            with perturbation.at(0, *points[0]), losses.at_one_point():
+                states = [
+                    _states_of(losses, batches[i], place) for i, place in ((0, 0), (0, count - 1), (1, 0), (2, -1))
+                ]
+            same, first, last, others = losses_at(losses, batches, perturbation, 0, points)
+        except Exception as error:  # A user's function may want labels that nobody can make up.
+            logger.info("Rows of %d tokens go one at a time: %s on made-up ones.", length, type(error).__name__)
+            return False
+        return (
+            all(torch.equal(one, one[:, :1].expand_as(one)) for one in (same, others))
+            and torch.equal(first[:, 0], same[:, 0])
+            and torch.equal(last[:, -1], same[:, 0])
+            and all(_same_bits(states[0], one) for one in states[1:])
+        )
+
+    def _dependence(self, perturbation: Perturbation) -> Dependence | None:
+        state, together = KeptState(self.model), self.data.together(0)
         # Parameters that start at zero, as LoRA's B, would hide what they multiply.
         for scale in (0.0, _PROBE_SCALE):
             with perturbation.at(0, 0, scale), state.kept():
-                for one, other, exactly in self._trials(shapes):
-                    if any(self._differences(one, other, exactly)):
-                        return self._diagnose(one, other)
+                for index in range(len(together.rows)):
+                    alone, company = self.data.alone(index), replace(together, index=index)
+                    if any(self._differences(alone, company)):
+                        return self._diagnose(alone, company)
         return None
-
-    def _trials(self, shapes: Shapes) -> Iterator[tuple[Arrangement, Arrangement, bool]]:
-        """Pairs of batches in which a row must keep its loss: but for rounding, or to the bit."""
-        together = self.data.together(0)
-        for index in range(len(together.rows)):
-            yield self.data.alone(index), replace(together, index=index), False
-        bound = min(_LONGEST, shapes.limit or _LONGEST, shapes.max_length or _LONGEST)
-        for length in [*_LENGTHS, *crossings(self.model, bound)]:
-            row, stranger, short = self.data.rows_of([length, length, min(_LENGTHS) // 2])
-            width, count = shapes.length(len(row)), shapes.rows(shapes.length(len(row)))
-            if count > 1 and width > len(row) and width * count <= _MOST_TOKENS:
-                yield (
-                    Arrangement([row, *[short] * (count - 1)], 0, width),
-                    Arrangement([*[stranger] * (count - 1), row], count - 1, width),
-                    True,
-                )
 
     @torch.no_grad()
     def _read(self, arranged: Arrangement) -> tuple[Tensor | None, Tensor | None]:
@@ -236,6 +258,23 @@ class Probe:
         with watched(self.model) as seen:
             self._read(arranged)
         return {call: self.data.own_part(output, arranged) for call, output in seen.items()}
+
+
+@torch.no_grad()
+def _states_of(losses: Losses, batch: MicroBatch, place: int) -> list[Tensor]:
+    """What the modules of a pass put out for the row at `place`."""
+    count = len(batch["input_ids"])
+
+    def part(output: Tensor) -> Tensor:
+        return output[place].clone() if output.ndim and len(output) == count else output.new_empty(0)
+
+    with watched(losses.model, part) as seen:
+        losses(batch)
+    return list(seen.values())
+
+
+def _same_bits(ones: list[Tensor], others: list[Tensor]) -> bool:
+    return len(ones) == len(others) and all(map(torch.equal, ones, others))
 
 
 def _apart(one: Tensor | None, other: Tensor | None, tolerance: float) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -115,16 +115,16 @@ def _has_capacity(module: nn.Module) -> bool:
 
 
 @contextmanager
-def watched(model: nn.Module) -> Iterator[dict[Call, Tensor]]:
-    """Collects the first tensor of each module call's output under (module's name, number of its call), in the order
-    in which the calls end: a module ends before those that use its output."""
+def watched(model: nn.Module, part: Callable[[Tensor], Tensor] = Tensor.clone) -> Iterator[dict[Call, Tensor]]:
+    """Collects (a part of) the first tensor of each module call's output under (module's name, number of its call), in
+    the order in which the calls end: a module ends before those that use its output."""
     seen: dict[Call, Tensor] = {}
     calls: dict[str, int] = {}
 
     def note(name: str, output: object) -> None:
         calls[name] = calls.get(name, 0) + 1
         if (tensor := _first_tensor(output)) is not None:
-            seen[name, calls[name]] = tensor.detach().clone()
+            seen[name, calls[name]] = part(tensor.detach())
 
     def hook(name: str) -> object:
         return lambda module, args, output: note(name, output)

@@ -52,7 +52,7 @@ class MadeUpData:
         self._labelled = _labelled_task(task, model)
         self._classes = _classes(self._labelled, model, text)
         self._vocabulary = int(text.vocab_size)
-        self._slots = torch.tensor(_mask_tokens(task), dtype=torch.int64)
+        self.slots = torch.tensor(_mask_tokens(task), dtype=torch.int64)
         self.device = device
         self.rows = self.rows_of(_LENGTHS)
         self.other_token = int(self.rows[0][0])
@@ -62,7 +62,7 @@ class MadeUpData:
         generator = torch.Generator().manual_seed(0)
         draw = torch.randint(0, self._vocabulary - 1, (sum(lengths),), generator=generator)
         ids = draw + (draw >= self.pad).long()
-        return [torch.cat([row, self._slots]).to(self.device) for row in torch.split(ids, list(lengths))]
+        return [torch.cat([row, self.slots]).to(self.device) for row in torch.split(ids, list(lengths))]
 
     def together(self, index: int) -> Arrangement:
         """All rows, `index` under test."""
@@ -80,7 +80,8 @@ class MadeUpData:
             "attention_mask": self._padded([torch.ones_like(row) for row in arranged.rows], arranged.width, 0),
         }
         if self.encoder_decoder:
-            batch["decoder_input_ids"] = torch.stack([row[:_TARGET_LENGTH] for row in arranged.rows])
+            targets = [row[:_TARGET_LENGTH] for row in arranged.rows]
+            batch["decoder_input_ids"] = self._padded(targets, _TARGET_LENGTH, self.pad)
         if self._labelled is not None:
             batch["labels"] = self._labels(self._labelled, arranged)
         return batch
@@ -107,7 +108,7 @@ class MadeUpData:
         rows, classes = arranged.rows, self._classes
         if isinstance(task, TokenTask):
             if self.encoder_decoder:
-                return torch.stack([row[:_TARGET_LENGTH] % classes for row in rows])
+                return self._padded([row[:_TARGET_LENGTH] % classes for row in rows], _TARGET_LENGTH, IGNORE)
             return self._padded([row % classes for row in rows], arranged.width, IGNORE)
         labels = torch.stack([row[0] % classes for row in rows])
         problem = getattr(task, "problem_type", None) or ("regression" if classes == 1 else None)

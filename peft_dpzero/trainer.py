@@ -6,6 +6,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,8 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin, ReportingMixin):
             exact=not self._compiles,
         )
         if not Probe.suits(self.model):
+            # Rows without tokens have one length.
+            shapes = replace(shapes, together=frozenset([1]))
             if not asserted:
                 _warn_of_single_rows("the model reads no tokens, so that nothing can be tried on made-up ones")
             return Losses(self.model, self.task, self._prepare_inputs), shapes
@@ -207,7 +210,7 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin, ReportingMixin):
         # A compiled model would be compiled again with every micro-batch.
         if not self._compiles:
             self._streamed = perturbation.find_streamed(probe.run)
-        return losses, shapes
+        return losses, probe.tried_shapes(perturbation, losses, shapes)
 
     @property
     def _compiles(self) -> bool:

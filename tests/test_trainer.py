@@ -87,8 +87,8 @@ def test_rows_go_through_the_model_a_micro_batch_at_a_time(tmp_path: Path) -> No
 
     run.add_callback(Watch())
     run.train()
-    # Rows of 8 tokens are padded to 16, 4 of which meet both sides of both directions in one pass.
-    assert sizes == [4] * (64 // 4) * 2
+    # Rows of 8 tokens are padded to 12, 8 of which meet both sides of both directions in one pass.
+    assert sizes == [8] * (64 // 8) * 2
 
 
 def test_evaluation_metrics_and_schedule(tmp_path: Path) -> None:

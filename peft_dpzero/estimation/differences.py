@@ -61,19 +61,28 @@ def losses_at(
     points: Sequence[Point],
 ) -> list[Tensor]:
     """Losses of each micro-batch's rows at all points: (points, b) float64 each, on the CPU."""
-    if not losses.shortcuts.stacks and losses.shortcuts.trunk is None:
-        # A point meets all micro-batches, so that parameters are perturbed least often.
-        placed = [losses.place(one) for one in micro_batches]
-        made = [_at_point(losses, placed, perturbation, step, point) for point in points]
-        return [torch.stack(each) for each in zip(*made, strict=True)]
-    # A micro-batch meets all points, so that they share what none of them changes.
-    return [_at_points(losses, one, perturbation, step, points) for one in micro_batches]
+    alone = [i for i, one in enumerate(micro_batches) if _together(losses, one, perturbation) < 2]
+    if losses.shortcuts.trunk is not None:
+        alone = []
+    # A point meets all of these, so that parameters are perturbed least often.
+    placed = [losses.place(micro_batches[i]) for i in alone]
+    made = [_at_point(losses, placed, perturbation, step, point) for point in points] if alone else []
+    found = {i: torch.stack([values[number] for values in made]) for number, i in enumerate(alone)}
+    # Of the others each meets all points, so that they share what none of them changes.
+    return [
+        found[i] if i in found else _at_points(losses, one, perturbation, step, points)
+        for i, one in enumerate(micro_batches)
+    ]
+
+
+def _together(losses: Losses, micro_batch: MicroBatch, perturbation: Perturbation) -> int:
+    return max(1, min(losses.points_at_once(micro_batch), perturbation.most_stacked))
 
 
 def _at_point(
     losses: Losses, placed: Sequence[MicroBatch], perturbation: Perturbation, step: int, point: Point
 ) -> list[Tensor]:
-    with perturbation.at(step, *point):
+    with perturbation.at(step, *point), losses.at_one_point():
         return [losses(one) for one in placed]
 
 
@@ -81,13 +90,13 @@ def _at_points(
     losses: Losses, micro_batch: MicroBatch, perturbation: Perturbation, step: int, points: Sequence[Point]
 ) -> Tensor:
     placed = losses.place(micro_batch)
-    together = min(losses.points_at_once(placed), perturbation.most_stacked)
+    together = _together(losses, micro_batch, perturbation)
     trunk = losses.shortcuts.trunk
     made: list[Tensor] = []
     with trunk.shared() if trunk else nullcontext(_nothing) as restart:
-        for start in range(0, len(points), max(together, 1)):
+        for start in range(0, len(points), together):
             restart()
-            chunk = points[start : start + max(together, 1)]
+            chunk = points[start : start + together]
             if together < 2:
                 made += _at_point(losses, [placed], perturbation, step, chunk[0])
             else:

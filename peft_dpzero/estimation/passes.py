@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -87,8 +87,12 @@ class Losses:
     @torch.no_grad()
     def __call__(self, batch: MicroBatch) -> Tensor:
         """Losses of one micro-batch on its device, at the model's parameters: (b,) float64, on the CPU."""
-        with self._state.kept(), self.shortcuts.lora.merged() if self.shortcuts.lora else nullcontext():
+        with self._state.kept():
             return self._losses(batch).to("cpu", torch.float64)
+
+    def at_one_point(self) -> AbstractContextManager[None]:
+        """Within the block, in which the parameters stay where they are, passes share what depends on them alone."""
+        return self.shortcuts.lora.merged() if self.shortcuts.lora else nullcontext()
 
     @torch.no_grad()
     def stacked(self, batch: MicroBatch, parameters: Mapping[str, Tensor]) -> Tensor:

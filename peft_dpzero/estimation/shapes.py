@@ -3,7 +3,7 @@
 With its shape fixed, a row's outputs are the same bit for bit whatever the other rows of its micro-batch hold. So a row
 is padded to a length that its own length decides, and a micro-batch of that length has a fixed number of rows: what is
 missing is filled with made-up rows. `transformers` drops an attention mask that is 1 everywhere, which another row can
-decide; so either every row of a micro-batch ends in padding, or none does.
+decide; so every row of a micro-batch ends in padding, and one that cannot goes by itself.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from peft_dpzero.errors import DPZeroError
 
 IGNORE = -100
 # Padded lengths are multiples of this, and of an eighth of the next power of two.
-SHORTEST_STEP = 8
+SHORTEST_STEP = 4
 # What a pass costs besides its tokens, in tokens: estimates for small models.
-PASS_TOKENS = {"cpu": 24}
+PASS_TOKENS = {"cpu": 64}
 PASS_TOKENS_ELSEWHERE = 2048
 # About as many different lengths are drawn in a step.
-LENGTHS_A_STEP = 8
+LENGTHS_A_STEP = 14
 _TARGETS = ("labels", "decoder_input_ids", "decoder_attention_mask")
 
 Row = dict[str, Any]
@@ -42,6 +42,7 @@ class Shapes:
         max_length: tokens that a row may have; None allows any number.
         max_tokens: tokens, padding included, that go through the model at once, unless it is a single row.
         alone: whether every row goes through the model by itself.
+        together: the padded lengths at which rows share a pass, since a trial showed no bit to depend on the others.
         exact: whether a row that goes by itself is not padded.
         pad_token_id: what `input_ids` are padded with.
         token_labels: whether labels (l,) belong to tokens; None tells by their shape.
@@ -54,30 +55,41 @@ class Shapes:
     max_length: int | None = None
     max_tokens: int | None = None
     alone: bool = False
+    together: frozenset[int] = frozenset()
     exact: bool = True
     pad_token_id: int = 0
     token_labels: bool | None = None
     pass_tokens: int = PASS_TOKENS["cpu"]
 
     def rows(self, length: int) -> int:
-        """How many rows of a padded length a micro-batch has.
+        """How many rows of a padded length a micro-batch has."""
+        return 1 if self.alone or length not in self.together else self.wanted_rows(length)
+
+    def wanted_rows(self, length: int) -> int:
+        """How many rows of a padded length share a pass where they are strangers to each other.
 
         It weighs a pass's fixed cost, which many rows share, against made-up rows, about half a micro-batch for each
         length that is drawn.
         """
-        if self.alone:
-            return 1
         best = math.sqrt(2 * self.pass_tokens * self.expected_rows / (LENGTHS_A_STEP * max(length, 1)))
         bound = self.most_rows if self.max_tokens is None else min(self.most_rows, self.max_tokens // max(length, 1))
         return max(1, min(1 << round(math.log2(max(best, 1))), bound))
 
     def length(self, tokens: int) -> int:
-        """The padded length of a row: longer than the row, unless it goes by itself or the model has no more room."""
+        """The padded length of a row: longer than the row, unless it goes by itself."""
+        padded = self._bucket(tokens)
+        return tokens if self.exact and self.rows(padded) == 1 else padded
+
+    def lengths(self, longest: int, most_tokens: int) -> list[int]:
+        """The padded lengths of rows below `longest` tokens at which several would share a pass of so many tokens."""
+        bounds = [bound for bound in (longest, self.limit, self.max_length and self.max_length + 1) if bound]
+        lengths = sorted({self._bucket(tokens) for tokens in range(1, min(bounds))})
+        return [length for length in lengths if 1 < self.wanted_rows(length) <= most_tokens // length]
+
+    def _bucket(self, tokens: int) -> int:
         step = max(SHORTEST_STEP, (1 << tokens.bit_length()) // 8)
         padded = step * (tokens // step + 1)
-        if self.limit is not None:
-            padded = max(tokens, min(padded, self.limit))
-        return tokens if self.exact and self.rows(padded) == 1 else padded
+        return padded if self.limit is None else max(tokens, min(padded, self.limit))
 
     def fits(self, row: Row) -> bool:
         """Whether a collated row is within `max_length`."""
@@ -87,8 +99,11 @@ class Shapes:
         """A collated row (1, …), without the padding that it came with, padded to its own length.
 
         Every (1, l) column of the length of `attention_mask` is padded, targets of another length to one of their own.
-        A row without a mask keeps its length.
+        Tokens without a mask get one, unless they go alone.
         """
+        ids, mask = row.get("input_ids"), row.get("attention_mask")
+        if mask is None and isinstance(ids, Tensor) and ids.ndim == 2 and not self.alone:
+            row = row | {"attention_mask": torch.ones_like(ids)}
         mask = row.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             return row
@@ -115,7 +130,10 @@ class Shapes:
         return full, tuple((key, _form(value)) for key, value in sorted(row.items()))
 
     def rows_like(self, row: Row) -> int:
-        """How many rows a micro-batch of padded rows like this one has."""
+        """How many rows a micro-batch of padded rows like this one has: one of a row that does not end in padding."""
+        mask = row.get("attention_mask")
+        if "input_ids" in row and not (isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all())):
+            return 1
         tokens = (row.get(key) for key in ("input_ids", "inputs_embeds", "attention_mask", *_TARGETS))
         return self.rows(max((v.shape[1] for v in tokens if isinstance(v, Tensor) and v.ndim > 1), default=1))
 
@@ -127,8 +145,7 @@ class Shapes:
                 made[key] = value
             elif key in ("attention_mask", "decoder_attention_mask"):
                 made[key] = torch.ones_like(value)
-                if not bool(value.all()):
-                    made[key][:, 1:] = 0
+                made[key][:, 1:] = 0
             else:
                 made[key] = torch.full_like(value, self._filler(key) if self._is_padded(key, value, row) else 0)
         return made

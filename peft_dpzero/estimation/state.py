@@ -58,10 +58,12 @@ class _KeptModule:
     def may_have_changed(self) -> bool:
         """A quick look: whether anything is another object than before, or was written to."""
         everything, buffers = vars(self._module), self._module._buffers
+        if len(everything) != len(self._everything) or not all(map(is_, everything.values(), self._everything)):
+            return True
+        if not (self._buffers or buffers or self._tensors or self._contents):
+            return False
         return (
-            len(everything) != len(self._everything)
-            or len(buffers) != len(self._buffers)
-            or not all(map(is_, everything.values(), self._everything))
+            len(buffers) != len(self._buffers)
             or not all(map(is_, buffers.values(), self._buffers.values()))
             or any(tensor._version != version for tensor, version, _ in self._tensors)
             or any(not _holds(value, content) for value, content in self._contents)

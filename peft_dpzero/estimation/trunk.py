@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,7 @@ class SharedTrunk:
 
     Attributes:
         modules: those that run once a micro-batch.
+        share: their part of all matrix products' weights.
         row_width, token_width: of the widest output above them, entries a row (b, width) and a token (b, l, width).
     """
 
@@ -38,6 +39,7 @@ class SharedTrunk:
         calls = _watched(model, probe)
         first_use = _first_use(model, {module: call.start for module, call in calls.items()})
         self.modules = _modules_before(first_use, model, calls)
+        self.share = _products(self.modules) / max(_products([model]), 1)
         above = [call.shape for call in calls.values() if call.end >= first_use]
         self.row_width, self.token_width = (
             max((shape[-1] for shape in above if len(shape) == ndim), default=0) for ndim in (2, 3)
@@ -160,6 +162,12 @@ def _modules_before(first_use: int, model: nn.Module, calls: Mapping[nn.Module, 
 
     visit(model)
     return shareable
+
+
+def _products(modules: Iterable[nn.Module]) -> int:
+    """Entries of the weight matrices in `modules`, those of embeddings apart."""
+    inside = (child for module in modules for child in module.modules() if not isinstance(child, nn.Embedding))
+    return sum(p.numel() for child in inside for p in child.parameters(recurse=False) if p.ndim == 2)
 
 
 def _first_use(model: nn.Module, started: Mapping[nn.Module, int]) -> int:

@@ -17,7 +17,7 @@ from peft_dpzero.estimation.sampling import seeded_secret
 
 from tiny import drawn_values
 
-SHAPES = Shapes(expected_rows=20, most_rows=8, limit=64)
+SHAPES = Shapes(expected_rows=20, most_rows=8, limit=64, together=frozenset(range(1, 3000)))
 ROWS = [{"input_ids": [1] * (1 + i * 7 % 11), "index": i} for i in range(40)]
 
 
@@ -81,10 +81,10 @@ def test_how_a_row_is_computed_depends_on_no_other_row(dataset: list[Any], most_
 def test_padded_lengths_are_longer_than_the_row_and_not_by_much(
     tokens: int, most: int, expected: float, limit: int | None
 ) -> None:
-    shapes = Shapes(expected, most, limit=limit)
+    shapes = Shapes(expected, most, limit=limit, together=frozenset(range(1, 6000)))
     length = shapes.length(tokens)
     assert 1 <= shapes.rows(length) <= most
-    assert tokens <= length <= max(tokens + 8, 1.26 * tokens)
+    assert tokens <= length <= max(tokens + 4, 1.26 * tokens)
     if shapes.rows(length) > 1 and (limit is None or tokens < limit):
         assert length > tokens
     assert limit is None or length <= max(limit, tokens)
@@ -116,9 +116,9 @@ def test_padding_that_a_row_came_with_is_cut_off(left: bool) -> None:
     row |= {"labels": row["input_ids"].masked_fill(row["attention_mask"] == 0, -100), "weight": torch.ones(1)}
     padded = SHAPES.padded(row)
     kept = [7, 6, 5] if left else [5, 6, 7]
-    assert padded["input_ids"].tolist() == [kept + [0] * 5]
-    assert padded["attention_mask"].tolist() == [[1, 1, 1] + [0] * 5]
-    assert padded["labels"].tolist() == [kept + [-100] * 5]
+    assert padded["input_ids"].tolist() == [[*kept, 0]]
+    assert padded["attention_mask"].tolist() == [[1, 1, 1, 0]]
+    assert padded["labels"].tolist() == [[*kept, -100]]
     assert padded["weight"].shape == (1,)
     alone = replace(SHAPES, alone=True).padded(row)
     assert alone["input_ids"].tolist() == [kept]
@@ -128,7 +128,7 @@ def test_class_labels_are_no_tokens() -> None:
     row = {"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
     row["labels"] = torch.tensor([[1, 0, 1]])
     assert replace(SHAPES, token_labels=False).padded(row)["labels"].shape == (1, 3)
-    assert SHAPES.padded(row)["labels"].shape == (1, 8)
+    assert SHAPES.padded(row)["labels"].shape == (1, 4)
     floats = row | {"labels": torch.tensor([[1.0, 0.0, 1.0]])}
     assert SHAPES.padded(floats)["labels"].shape == (1, 3)
 
