@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from accelerate import disk_offload
 from ours import Batches
-from peft_dpzero import Losses, Perturbation, Probe, Shortcuts
+from peft_dpzero import Losses, Perturbation, Probe, Shapes, Shortcuts
 from peft_dpzero.estimation import passes
 from peft_dpzero.estimation.differences import losses_at
 from peft_dpzero.offloading import bring_trained_into_memory
@@ -43,7 +43,7 @@ class Passes:
     """Losses of a step's rows at `POINTS`."""
 
     def __init__(self, workload: Workload, losses: Losses, perturbation: Perturbation) -> None:
-        self.batches = Batches(workload, b"engines").logical(losses)
+        self.batches = Batches(workload, b"engines").logical(Shapes(workload.batch_size, workload.micro_batch_size))
         self.losses = losses
         self.perturbation = perturbation
 
@@ -118,7 +118,7 @@ def half(_: int) -> None:
         for scale in (1e-3, 1e-2):
             points = [(k, side * scale) for k in range(8) for side in (1, -1)]
             losses = Losses(workload.model, workload.task, dict)
-            values = losses_at(losses, one, Perturbation(workload.model), 0, points)
+            values = losses_at(losses, one, Perturbation(workload.model), 0, points)[0]
             found[dtype, scale] = ((values[0::2] - values[1::2]) / (2 * scale)).flatten()
     for scale in (1e-3, 1e-2):
         pair = torch.stack([found[torch.bfloat16, scale], found[torch.float32, scale]])

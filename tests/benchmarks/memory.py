@@ -28,6 +28,7 @@ from peft_dpzero import (
     Perturbation,
     PoissonSampler,
     PrivateStep,
+    Shapes,
     TokenTask,
     make_plan,
     new_secret,
@@ -92,7 +93,7 @@ def training(model: PeftModel, batch: dict[str, Tensor], num_directions: int) ->
     def run() -> None:
         perturbation = Perturbation(model)
         optimizer = DPZeroOptimizer(perturbation.parameters.values(), lr=1e-4)
-        batches = LogicalBatches(rows, sampler, collate, size)
+        batches = LogicalBatches(rows, sampler, collate, Shapes(size, size))
         losses = Losses(model, TokenTask(shift=1), lambda batch: batch)
         step = PrivateStep(model, plan, batches, losses, perturbation, optimizer)
         for number in range(plan.steps):
