@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import BertModel, LlamaConfig, LlamaModel
 from workloads import ROOT, minilm
 
-SHAPES = ((2, 8), (8, 16), (8, 32), (4, 80), (2, 160))
+SHAPES = ((16, 4), (16, 8), (8, 16), (8, 24), (8, 40), (4, 64), (4, 96), (2, 160))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 THREADS = (1, 2)
 
