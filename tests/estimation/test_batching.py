@@ -17,7 +17,7 @@ from peft_dpzero.estimation.sampling import seeded_secret
 
 from tiny import drawn_values
 
-SHAPES = Shapes(expected_rows=20, most_rows=8, limit=64, together=frozenset(range(1, 3000)))
+SHAPES = Shapes(expected_rows=60, most_rows=8, limit=64, together=frozenset(range(1, 3000)))
 ROWS = [{"input_ids": [1] * (1 + i * 7 % 11), "index": i} for i in range(40)]
 
 
