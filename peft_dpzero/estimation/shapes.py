@@ -69,8 +69,11 @@ class Shapes:
         """How many rows of a padded length share a pass where they are strangers to each other.
 
         It weighs a pass's fixed cost, which many rows share, against made-up rows, about half a micro-batch for each
-        length that is drawn. Of fewer rows than two a length most would be made up.
+        length that is drawn. Of fewer rows than two a length most would be made up. Rows without tokens are all of
+        length 1.
         """
+        if length == 1:
+            return self.most_rows
         if self.expected_rows < 2 * LENGTHS_A_STEP:
             return 1
         best = math.sqrt(2 * self.pass_tokens * self.expected_rows / (LENGTHS_A_STEP * max(length, 1)))
