@@ -52,7 +52,7 @@ class LogicalBatches:
         dataset: map-style training data.
         sampler: the run's sampler, over privacy units.
         collate: makes a micro-batch (1, …) of a list of one row.
-        shapes: how rows are padded and how many share a pass, from `Probe.shapes`.
+        shapes: how rows are padded and how many share a pass, from `Probe.fit_shapes` and `Probe.tried_shapes`.
         rank: this process among all.
         world_size: how many processes there are.
         units: the rows of each unit; None makes each row a unit.
