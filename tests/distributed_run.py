@@ -20,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer
@@ -186,6 +187,8 @@ def main() -> None:
 
     if options.disagree:
         (out / f"raised-{rank}.json").write_text(json.dumps(disagreements(out, world_size, rank)))
+        # The threads of a group that is left standing may abort the process as it exits.
+        PartialState().destroy_process_group()
         return
 
     trainer = make_trainer(out / "whole", world_size, rank)
