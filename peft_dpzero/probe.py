@@ -149,7 +149,7 @@ class Probe:
             return shapes
         lengths = shapes.lengths(_LONGEST, _MOST_TOKENS)
         kept = [length for length in lengths if self._keeps_bits(perturbation, losses, length, shapes)]
-        return replace(shapes, together=frozenset(kept))
+        return replace(shapes, together=shapes.together.union(kept))
 
     def _keeps_bits(self, perturbation: Perturbation, losses: Losses, length: int, shapes: Shapes) -> bool:
         count = shapes.wanted_rows(length)

@@ -6,7 +6,6 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -190,11 +189,11 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin, ReportingMixin):
             max_length=self.dpzero_config.max_length,
             max_tokens=self.max_tokens_per_micro_batch,
             alone=not asserted,
+            # Of rows without tokens, which have one length, nothing can be tried.
+            together=frozenset([1] if asserted else []),
             exact=not self._compiles,
         )
         if not Probe.suits(self.model):
-            # Rows without tokens have one length.
-            shapes = replace(shapes, together=frozenset([1]))
             if not asserted:
                 _warn_of_single_rows("the model reads no tokens, so that nothing can be tried on made-up ones")
             return Losses(self.model, self.task, self._prepare_inputs), shapes

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from datasets import Dataset
 from peft_dpzero import (
     DPZeroConfig,
     DPZeroError,
@@ -23,7 +24,8 @@ from peft_dpzero.probe import Probe
 from peft_dpzero.probe_causes import check_batch_norm
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from tiny import arguments, tiny_dataset, tiny_model
 
@@ -206,6 +208,38 @@ def test_batch_norm_is_refused_also_where_there_are_no_tokens(norm: nn.Module, t
 
 def test_batch_norm_with_running_statistics_is_accepted() -> None:
     check_batch_norm(nn.Sequential(nn.BatchNorm1d(4)).eval())
+
+
+class TokensOrFeatures(BertForSequenceClassification):
+    """Classifies tokens, or the pooled features that somebody computed before."""
+
+    rows: ClassVar[set[int]] = set()
+
+    def forward(
+        self, input_ids: Tensor | None = None, features: Tensor | None = None, labels: Any = None, **kwargs: Any
+    ) -> Any:
+        if features is None:
+            return super().forward(input_ids, **kwargs)
+        self.rows.add(len(features))
+        return SequenceClassifierOutput(logits=self.classifier(features))
+
+
+@pytest.mark.parametrize(("asserted", "rows"), [(True, {16}), (False, {1})])
+@pytest.mark.filterwarnings("ignore:Rows go through the model one at a time")
+def test_rows_without_tokens_share_passes_on_the_users_word(asserted: bool, rows: set[int], tmp_path: Path) -> None:
+    model = TokensOrFeatures(tiny_model("classifier").config).eval()
+    model.requires_grad_(False).classifier.requires_grad_(True)
+    features = torch.randn(64, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    config = DPZeroConfig(noise_multiplier=1.0, target_delta=1e-5, rows_asserted_independent=asserted)
+    run = DPZeroTrainer(
+        model,
+        arguments(tmp_path, per_device_train_batch_size=16),
+        train_dataset=Dataset.from_dict({"features": features.numpy(), "labels": [0, 1] * 32}).with_format("torch"),
+        dpzero_config=config,
+    )
+    model.rows.clear()
+    run.train()
+    assert model.rows == rows
 
 
 def test_a_loss_function_never_sees_two_rows() -> None:
