@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.logging import tqdm
 
 from peft_dpzero.architectures import ROWWISE_TASKS, positions_of, reason_to_separate
+from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.estimation.differences import losses_at
+from peft_dpzero.estimation.differences import losses_at, points_of, points_together
 from peft_dpzero.estimation.losses import FunctionTask, Task, TokenTask
 from peft_dpzero.estimation.passes import Losses, MicroBatch
 from peft_dpzero.estimation.shapes import IGNORE, PASS_TOKENS, PASS_TOKENS_ELSEWHERE, Shapes
 from peft_dpzero.estimation.state import KeptState
 from peft_dpzero.estimation.trunk import SharedTrunk
-from peft_dpzero.perturbation import Perturbation
+from peft_dpzero.perturbation import Perturbation, Point
 from peft_dpzero.probe_causes import Dependence, dependence_error, first_difference, told, watched
 from peft_dpzero.probe_data import Arrangement, MadeUpData
 from peft_dpzero.probe_shortcuts import Trials, find_shortcuts
@@ -27,9 +29,10 @@ logger = logging.getLogger(__name__)
 
 # How far the probe moves the parameters: enough to show in float32 logits whatever the adapter.
 _PROBE_SCALE = 0.1
-# Up to which lengths, and how many tokens a pass, it is tried whether rows keep their bits.
+# Up to which lengths it is tried whether rows keep their bits.
 _LONGEST = 1024
-_MOST_TOKENS = 4096
+# Seconds after which progress is shown.
+_PATIENCE = 5
 # A smaller share of the model than this is not worth keeping.
 _WORTHWHILE_TRUNK = 0.05
 
@@ -132,47 +135,55 @@ class Probe:
 
     def losses(self, perturbation: Perturbation, place: Callable[[MicroBatch], MicroBatch]) -> Losses:
         """The run's losses by the cheapest passes that give the plain ones' values here."""
-        batch = self.data.batch(self._shown)
-        if isinstance(self.task, TokenTask) and "labels" in batch:
-            batch["labels"] = _thinned(batch["labels"])
-        trials = Trials(self.model, self.task, batch, perturbation, self._tolerance / 30)
+        batch, lone = self.data.batch(self._shown), self.data.batch(self.data.alone(0))
+        for made in (batch, lone) if isinstance(self.task, TokenTask) else ():
+            if "labels" in made:
+                made["labels"] = _thinned(made["labels"])
+        trials = Trials(self.model, self.task, batch, lone, perturbation, self._tolerance / 30)
         found = find_shortcuts(trials, self.find_trunk(perturbation), self.run)
         return Losses(self.model, self.task, place, found)
 
-    def tried_shapes(self, perturbation: Perturbation, losses: Losses, shapes: Shapes) -> Shapes:
-        """`shapes` with the padded lengths at which rows may share a pass: those at which no bit of a row's losses
-        depends on what the other rows hold, nor on the row's place.
+    def tried_shapes(self, perturbation: Perturbation, losses: Losses, shapes: Shapes, config: DPZeroConfig) -> Shapes:
+        """`shapes` with the padded lengths, and the numbers of rows, at which rows may share a pass: those at which no
+        bit of a row depends on how many other rows there are, what they hold, and where it stands among them.
 
-        Each is tried with `losses` on this machine, which is what a run does; a longer row than was tried goes alone.
+        Each is tried with `losses` on this machine, in the passes that a run with `config` takes; a longer row than was
+        tried goes alone.
         """
         if shapes.alone or not self.suits(losses.model):
             return shapes
-        lengths = shapes.lengths(_LONGEST, _MOST_TOKENS)
-        kept = [length for length in lengths if self._keeps_bits(perturbation, losses, length, shapes)]
-        return replace(shapes, together=shapes.together.union(kept))
+        points = points_of(config.num_directions, _PROBE_SCALE, config.difference)
+        together = dict(shapes.together)
+        for length in tqdm(shapes.lengths(_LONGEST), desc="Trying shapes", delay=_PATIENCE):
+            counts = self._alike_counts(perturbation, losses, length, shapes.wanted_counts(length), points)
+            if counts and counts[-1] > 1:
+                together[length] = counts
+        return replace(shapes, together=together)
 
-    def _keeps_bits(self, perturbation: Perturbation, losses: Losses, length: int, shapes: Shapes) -> bool:
-        count = shapes.wanted_rows(length)
+    def _alike_counts(
+        self, perturbation: Perturbation, losses: Losses, length: int, counts: list[int], points: Sequence[Point]
+    ) -> list[int]:
+        """The numbers of rows among which a row of this padded length keeps its bits: those that give what the largest
+        gives in which it keeps them."""
         own = max(1, length - 1 - len(self.data.slots))
-        row, other, *strangers = self.data.rows_of([own, own, *(1 + own * i // count for i in range(1, count))])
-        companies = ([row] * count, [row, *strangers], [*strangers, row], [other] * count)
-        batches = [self.data.batch(Arrangement(rows, 0, length)) for rows in companies]
-        points = [(0, _PROBE_SCALE), (0, -_PROBE_SCALE)]
-        try:
-            with perturbation.at(0, *points[0]), losses.at_one_point():
-                states = [
-                    _states_of(losses, batches[i], place) for i, place in ((0, 0), (0, count - 1), (1, 0), (2, -1))
-                ]
-            same, first, last, others = losses_at(losses, batches, perturbation, 0, points)
-        except Exception as error:  # A user's function may want labels that nobody can make up.
-            logger.info("Rows of %d tokens go one at a time: %s on made-up ones.", length, type(error).__name__)
-            return False
-        return (
-            all(torch.equal(one, one[:, :1].expand_as(one)) for one in (same, others))
-            and torch.equal(first[:, 0], same[:, 0])
-            and torch.equal(last[:, -1], same[:, 0])
-            and all(_same_bits(states[0], one) for one in states[1:])
-        )
+        row, *strangers = self.data.rows_of([own, *(1 + own * i // counts[-1] for i in range(counts[-1]))])
+        alike: list[int] = []
+        reference: list[Tensor] = []
+        for count in reversed(counts):
+            places = [range(first, count, 2) for first in range(min(2, count))]
+            companies = [[row if i in mine else strangers[i] for i in range(count)] for mine in places]
+            batches = [self.data.batch(Arrangement(rows, 0, length)) for rows in companies]
+            try:
+                rows = _bits(perturbation, losses, batches, places, points)
+            except Exception as error:  # A user's function may want labels that nobody can make up.
+                logger.info("Rows of %d tokens go one at a time: %s on made-up ones.", length, type(error).__name__)
+                return []
+            reference = reference or rows[0]
+            if all(_same_bits(reference, one) for one in rows):
+                alike.insert(0, count)
+            elif not alike:
+                reference = []
+        return alike
 
     def _dependence(self, perturbation: Perturbation) -> Dependence | None:
         state, together = KeptState(self.model), self.data.together(0)
@@ -261,20 +272,41 @@ class Probe:
 
 
 @torch.no_grad()
-def _states_of(losses: Losses, batch: MicroBatch, place: int) -> list[Tensor]:
-    """What the modules of a pass put out for the row at `place`."""
-    count = len(batch["input_ids"])
+def _bits(
+    perturbation: Perturbation,
+    losses: Losses,
+    batches: Sequence[MicroBatch],
+    places: Sequence[Sequence[int]],
+    points: Sequence[Point],
+) -> list[list[Tensor]]:
+    """A row's losses (points,), and what modules put out for it: one list for each of its places in each batch."""
+    count = len(batches[0]["input_ids"])
+    values, outputs = [], []
+    with perturbation.at(0, *points[0]), losses.at_one_point():
+        for batch, where in zip(batches, places, strict=True):
+            with watched(losses.model) as seen:
+                values.append(losses(batch)[None])
+            found = [output for output in seen.values() if output.ndim]
+            outputs += [[_of_row(output, place, count) for output in found] for place in where]
+    together = points_together(losses, batches[0], perturbation)
+    if together > 1 or losses.shortcuts.trunk is not None:
+        # A whole stack of points, and what is left over after as many as there are.
+        tried = points[: max(2, together) + len(points) % max(2, together)]
+        values = losses_at(losses, batches, perturbation, 0, tried)
+    columns = [made[:, place] for made, where in zip(values, places, strict=True) for place in where]
+    return [[column, *states] for column, states in zip(columns, outputs, strict=True)]
 
-    def part(output: Tensor) -> Tensor:
-        return output[place].clone() if output.ndim and len(output) == count else output.new_empty(0)
 
-    with watched(losses.model, part) as seen:
-        losses(batch)
-    return list(seen.values())
+def _of_row(output: Tensor, place: int, count: int) -> Tensor:
+    """What belongs to a row in a module's output; nothing of outputs that all rows share."""
+    return output[place] if len(output) == count else output.new_empty(0)
 
 
 def _same_bits(ones: list[Tensor], others: list[Tensor]) -> bool:
-    return len(ones) == len(others) and all(map(torch.equal, ones, others))
+    """Whether losses are the same at the points that both have, and outputs where they are known for both."""
+    points = min(len(ones[0]), len(others[0]))
+    pairs = zip([ones[0][:points], *ones[1:]], [others[0][:points], *others[1:]], strict=True)
+    return all(one.numel() == 0 or other.numel() == 0 or torch.equal(one, other) for one, other in pairs)
 
 
 def _apart(one: Tensor | None, other: Tensor | None, tolerance: float) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peft_dpzero.architectures import reason_to_separate
 from peft_dpzero.estimation.differences import losses_at
+from peft_dpzero.estimation.filling import FilledLayers, layers_of_rows
 from peft_dpzero.estimation.logits import OutputHead
 from peft_dpzero.estimation.losses import FunctionTask, Task, TokenTask
 from peft_dpzero.estimation.merging import MergedLora
@@ -34,17 +35,25 @@ class Trials:
         model: in eval mode.
         task: the run's.
         batch: without labels nothing can be told, and all trials fail.
+        lone: a row by itself, without padding.
         perturbation: makes the points.
         tolerance: absolute, of losses.
     """
 
     def __init__(
-        self, model: nn.Module, task: Task, batch: MicroBatch, perturbation: Perturbation, tolerance: float
+        self,
+        model: nn.Module,
+        task: Task,
+        batch: MicroBatch,
+        lone: MicroBatch,
+        perturbation: Perturbation,
+        tolerance: float,
     ) -> None:
         self.model = model
         self.task = task
         self.perturbation = perturbation
         self._batch = batch
+        self._lone = lone
         self._tolerance = tolerance
         # Of several rows, labels at as many places of each are not known to be read.
         self._single = {k: v[-1:] for k, v in batch.items()} if isinstance(task, TokenTask) else batch
@@ -69,6 +78,11 @@ class Trials:
         """Whether the losses are the plain pass's."""
         losses = self.losses(shortcuts)
         return losses is not None and self._plain is not None and self._near(losses, self._plain)
+
+    def agree_alone(self, shortcuts: Shortcuts) -> bool:
+        """Whether the losses of a row by itself are the plain pass's."""
+        losses, plain = self.losses(shortcuts, batch=self._lone), self.losses(PLAIN, batch=self._lone)
+        return losses is not None and plain is not None and self._near(losses, plain)
 
     def agree_narrowed(self, shortcuts: Shortcuts, modules: Sequence[nn.Module]) -> bool:
         """Whether the losses are the plain pass's, whatever `modules` put out where no loss reads.
@@ -109,8 +123,10 @@ def find_shortcuts(trials: Trials, trunk: SharedTrunk | None, run: Callable[[], 
         tried = [module for module in last_modules(model, run) if module is not head_module]
         narrowed = find_narrowed(tried, lambda modules: trials.agree_narrowed(found, modules))
         found = replace(found, last=NarrowedLayers(narrowed) if narrowed else None)
-    if trials.perturbation.most_stacked > 1:
-        found = _with(trials, found, stacks=True)
+        if layers := layers_of_rows(model, run):
+            found = _with(trials, found, few=FilledLayers(layers))
+    if trials.perturbation.most_stacked > 1 and trials.agree_alone(stacked := replace(found, stacks=True)):
+        found = stacked
     if trunk is None:
         return found
     shared = _with(trials, found, trunk=trunk)

@@ -23,7 +23,7 @@ from peft_dpzero.estimation.batching import LogicalBatches, step_loader, without
 from peft_dpzero.estimation.losses import FunctionTask, Task, infer_task
 from peft_dpzero.estimation.passes import Losses, Shortcuts
 from peft_dpzero.estimation.sampling import PoissonSampler, new_secret, seeded_secret
-from peft_dpzero.estimation.shapes import Shapes
+from peft_dpzero.estimation.shapes import Shapes, row_counts
 from peft_dpzero.guards import (
     check_arguments,
     check_collator,
@@ -190,7 +190,7 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin, ReportingMixin):
             max_tokens=self.max_tokens_per_micro_batch,
             alone=not asserted,
             # Of rows without tokens, which have one length, nothing can be tried.
-            together=frozenset([1] if asserted else []),
+            together={1: row_counts(self.args.per_device_train_batch_size)} if asserted else {},
             exact=not self._compiles,
         )
         if not Probe.suits(self.model):
@@ -209,7 +209,7 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin, ReportingMixin):
         # A compiled model would be compiled again with every micro-batch.
         if not self._compiles:
             self._streamed = perturbation.find_streamed(probe.run)
-        return losses, probe.tried_shapes(perturbation, losses, shapes)
+        return losses, probe.tried_shapes(perturbation, losses, shapes, self.dpzero_config)
 
     @property
     def _compiles(self) -> bool:

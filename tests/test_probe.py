@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -45,15 +46,16 @@ def reason(model: Any, task: Task | None = None, asserted: bool = False) -> str 
     probe = Probe(model, CPU, task or infer_task(model), asserted)
     shapes = probe.fit_shapes(Perturbation(model), Shapes(64, 16))
     assert shapes.alone == (probe.reason is not None)
-    assert all(shapes.rows(length) == 1 for length in range(1, 65))
+    assert all(shapes.counts(length) == (1,) for length in range(1, 65))
     return probe.reason
 
 
-def shared(model: Any) -> frozenset[int]:
-    """The padded lengths at which rows share passes."""
+def shared(model: Any) -> Mapping[int, Sequence[int]]:
+    """How many rows share passes, by padded length."""
     perturbation, probe = Perturbation(model), Probe(model, CPU, infer_task(model), asserted=True)
     shapes = probe.fit_shapes(perturbation, Shapes(64, 16))
-    return probe.tried_shapes(perturbation, probe.losses(perturbation, dict), shapes).together
+    config = DPZeroConfig(noise_multiplier=1.0, target_delta=1e-5)
+    return probe.tried_shapes(perturbation, probe.losses(perturbation, dict), shapes, config).together
 
 
 class TokenBatchNorm(nn.BatchNorm1d):
@@ -164,7 +166,17 @@ def test_a_difference_in_rounding_separates_rows() -> None:
             return hidden + 1e-6 * hidden.mean(0)
 
     assert not shared(with_module(Breath()))
-    assert {8, 12, 16, 32, 64} <= shared(with_module(nn.Sequential()))
+    assert {8, 12, 16, 32, 64} <= shared(with_module(nn.Sequential())).keys()
+
+
+def test_numbers_of_rows_that_round_in_another_way_are_not_used() -> None:
+    class Crowd(nn.Module):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return hidden * (1 + 1e-6 * (len(hidden) in (1, 5)))
+
+    counts = shared(with_module(Crowd()))[8]
+    assert {4, 8, 16} <= set(counts)
+    assert not {1, 5} & set(counts)
 
 
 def test_only_lengths_at_which_rows_reach_each_other_are_run_one_row_at_a_time() -> None:
@@ -173,7 +185,7 @@ def test_only_lengths_at_which_rows_reach_each_other_are_run_one_row_at_a_time()
             return hidden + hidden.mean(0) if hidden.shape[1] > 30 else hidden
 
     found = shared(with_module(Far()))
-    assert {8, 12, 28} <= found
+    assert {8, 12, 28} <= found.keys()
     assert max(found) == 28
 
 
@@ -224,9 +236,9 @@ class TokensOrFeatures(BertForSequenceClassification):
         return SequenceClassifierOutput(logits=self.classifier(features))
 
 
-@pytest.mark.parametrize(("asserted", "rows"), [(True, {16}), (False, {1})])
+@pytest.mark.parametrize("asserted", [True, False])
 @pytest.mark.filterwarnings("ignore:Rows go through the model one at a time")
-def test_rows_without_tokens_share_passes_on_the_users_word(asserted: bool, rows: set[int], tmp_path: Path) -> None:
+def test_rows_without_tokens_share_passes_on_the_users_word(asserted: bool, tmp_path: Path) -> None:
     model = TokensOrFeatures(tiny_model("classifier").config).eval()
     model.requires_grad_(False).classifier.requires_grad_(True)
     features = torch.randn(64, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -239,7 +251,7 @@ def test_rows_without_tokens_share_passes_on_the_users_word(asserted: bool, rows
     )
     model.rows.clear()
     run.train()
-    assert model.rows == rows
+    assert (max(model.rows) > 4) == asserted
 
 
 def test_a_loss_function_never_sees_two_rows() -> None:

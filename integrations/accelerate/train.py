@@ -74,7 +74,7 @@ def main() -> None:
     probe = dpzero.Probe(model.eval(), accelerator.device, task=dpzero.infer_task(model))
     shapes = probe.fit_shapes(perturbation, dpzero.Shapes(BATCH / accelerator.num_processes, most_rows=64))
     losses = probe.losses(perturbation, partial(send_to_device, device=accelerator.device))
-    shapes = probe.tried_shapes(perturbation, losses, shapes)
+    shapes = probe.tried_shapes(perturbation, losses, shapes, config)
     shard = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     batches = dpzero.LogicalBatches(train_rows, sampler, collate, shapes, **shard)
     optimizer = dpzero.DPZeroOptimizer(perturbation.parameters.values(), lr=3.0)

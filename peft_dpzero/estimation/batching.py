@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ class LogicalBatch:
     """One process's share of a step's batch.
 
     Attributes:
-        micro_batches: rows of one shape each, as many as the shape has.
+        micro_batches: rows of one shape each.
         counts: how many of a micro-batch's rows are the data's; those after them are made up.
         owners: for each row of the data, in the micro-batches' order, the number of its unit in this share: (rows,)
             int64. A unit may have none.
@@ -82,7 +83,8 @@ class LogicalBatches:
 
     def fingerprint(self) -> str:
         """A digest of the data's size and order, whose each row is, and how it is sampled. The key is no part of it."""
-        with _generators_seeded(bytes(SECRET_BYTES)):
+        with _generators_kept():
+            _seed_generators(bytes(SECRET_BYTES))
             order = order_digest(self._dataset)
         units = self._units.fingerprint() if self._units is not None else ""
         return f"{len(self._dataset)} {order} {units} {self._sampler!r}"  # type: ignore[arg-type]
@@ -91,15 +93,16 @@ class LogicalBatches:
         """This process's share of the batch of `step`."""
         drawn = self._sampler.draw(step, self.rank, self.world_size)
         groups: dict[Hashable, list[tuple[int, Row]]] = {}
-        for owner, unit in enumerate(drawn.tolist()):
-            with _generators_seeded(seed := self._sampler.unit_seed(step, unit)):
+        with _generators_kept():
+            for owner, unit in enumerate(drawn.tolist()):
+                _seed_generators(seed := self._sampler.unit_seed(step, unit))
                 for row in self._rows(unit, np.random.default_rng(np.frombuffer(seed, dtype="<u4"))):
                     groups.setdefault(self.shapes.key(row), []).append((owner, row))
         micro_batches, counts, owners = [], [], []
         for group in (groups[key] for key in sorted(groups, key=lambda key: (_size(groups[key][0][1]), repr(key)))):
-            size = self.shapes.rows_like(group[0][1])
-            for start in range(0, len(group), size):
-                part = group[start : start + size]
+            left = iter(group)
+            for size in self.shapes.sizes(group[0][1], len(group)):
+                part = list(islice(left, size))
                 rows = [row for _, row in part]
                 micro_batches.append(stacked_rows(rows + [self.shapes.made_up(rows[0])] * (size - len(rows))))
                 counts.append(len(rows))
@@ -133,18 +136,21 @@ def without_column(collate: Collator, column: str) -> Collator:
 
 
 @contextmanager
-def _generators_seeded(seed: bytes) -> Iterator[None]:
-    """Within the block, the global CPU generators of Python, NumPy and torch run from `seed`; afterwards, as before."""
+def _generators_kept() -> Iterator[None]:
+    """After the block the global CPU generators of Python, NumPy and torch are where they were."""
     python, numpy_ = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
-            random.seed(seed)
-            np.random.seed(np.frombuffer(seed, dtype="<u4"))
-            torch.default_generator.manual_seed(int.from_bytes(seed[:8], "little"))
             yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy_)
+
+
+def _seed_generators(seed: bytes) -> None:
+    random.seed(seed)
+    np.random.seed(np.frombuffer(seed, dtype="<u4"))
+    torch.default_generator.manual_seed(int.from_bytes(seed[:8], "little"))
 
 
 class _StepNumbers(Dataset[None]):

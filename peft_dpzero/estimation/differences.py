@@ -34,10 +34,7 @@ def estimate_differences(
         nothing = torch.full((batch.num_units, num_directions), torch.nan, dtype=torch.float64)
         return PrivateDifferences(nothing, nothing[:, 0])
     scale = smoothing_parameter
-    if difference == "forward":
-        points = [(0, 0.0), *((k, scale) for k in range(num_directions))]
-    else:
-        points = [(k, side * scale) for k in range(num_directions) for side in (1, -1)]
+    points = points_of(num_directions, scale, difference)
     columns, levels = [], []
     for values, count in zip(
         losses_at(losses, batch.micro_batches, perturbation, step, points), batch.counts, strict=True
@@ -53,6 +50,13 @@ def estimate_differences(
     return PrivateDifferences(mean(torch.cat(columns)), mean(torch.cat(levels)))
 
 
+def points_of(num_directions: int, scale: float, difference: str) -> list[Point]:
+    """Where a step reads losses: θ and θ+λz_k for forward differences, else θ+λz_k and θ−λz_k, λ = `scale`."""
+    if difference == "forward":
+        return [(0, 0.0), *((k, scale) for k in range(num_directions))]
+    return [(k, side * scale) for k in range(num_directions) for side in (1, -1)]
+
+
 def losses_at(
     losses: Losses,
     micro_batches: Sequence[MicroBatch],
@@ -61,7 +65,7 @@ def losses_at(
     points: Sequence[Point],
 ) -> list[Tensor]:
     """Losses of each micro-batch's rows at all points: (points, b) float64 each, on the CPU."""
-    alone = [i for i, one in enumerate(micro_batches) if _together(losses, one, perturbation) < 2]
+    alone = [i for i, one in enumerate(micro_batches) if points_together(losses, one, perturbation) < 2]
     if losses.shortcuts.trunk is not None:
         alone = []
     # A point meets all of these, so that parameters are perturbed least often.
@@ -75,7 +79,8 @@ def losses_at(
     ]
 
 
-def _together(losses: Losses, micro_batch: MicroBatch, perturbation: Perturbation) -> int:
+def points_together(losses: Losses, micro_batch: MicroBatch, perturbation: Perturbation) -> int:
+    """How many points go over a micro-batch in one pass."""
     return max(1, min(losses.points_at_once(micro_batch), perturbation.most_stacked))
 
 
@@ -90,7 +95,7 @@ def _at_points(
     losses: Losses, micro_batch: MicroBatch, perturbation: Perturbation, step: int, points: Sequence[Point]
 ) -> Tensor:
     placed = losses.place(micro_batch)
-    together = _together(losses, micro_batch, perturbation)
+    together = points_together(losses, micro_batch, perturbation)
     trunk = losses.shortcuts.trunk
     made: list[Tensor] = []
     with trunk.shared() if trunk else nullcontext(_nothing) as restart:

@@ -3,7 +3,8 @@
 After the last attention every layer works on each token by itself, and a loss reads few of them: a classifier's first
 token, a prompt's label position. Linear layers, norms and activations there need not run on the others, whose outputs
 are zeros instead. Each row keeps a line of its own, with as many positions as any other's. Which modules these are is
-found by trying, on made-up tokens, among types that are known to work token by token.
+found by trying, on made-up tokens, among types that are known to work token by token. As in `filling.py` they run on a
+multiple of four lines.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_dpzero.estimation.filling import filled
 from peft_dpzero.forwards import Forward, hooked, replaced_forwards
 
 # (length of the outputs) → rows and positions that are read, both (n,), row by row and as many of each; None for all.
@@ -51,7 +53,7 @@ class NarrowedLayers:
                 if read is None or len(read[0]) % shape[0] or len(read[0]) > WORTHWHILE * shape.numel():
                     indices[shape] = None
                 else:
-                    indices[shape] = (read[0] * shape[1] + read[1]).view(shape[0], -1)
+                    indices[shape] = (read[0] * shape[1] + read[1]).view(shape[0], -1)  # [b, positions]
             return indices[shape]
 
         with replaced_forwards({module: self._narrowed(module.forward, index) for module in self.modules}):
@@ -63,7 +65,8 @@ class NarrowedLayers:
             read = index(x.shape[:2]) if alone else None
             if read is None:
                 return original(x, *args, **kwargs)
-            output = original(x.flatten(0, 1)[read]).flatten(0, 1)
+            more = read[:1].expand(filled(len(read)) - len(read), -1)
+            output = original(x.flatten(0, 1)[torch.cat([read, more])])[: len(read)].flatten(0, 1)
             everywhere = output.new_zeros(x.shape[0] * x.shape[1], *output.shape[1:])
             if self.loud:
                 everywhere += 100 * torch.arange(everywhere.shape[-1], device=x.device).cos()

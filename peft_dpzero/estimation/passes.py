@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from peft_dpzero.errors import DPZeroError
+from peft_dpzero.estimation.filling import FilledLayers
 from peft_dpzero.estimation.logits import HiddenLogits, Logits, OutputHead
 from peft_dpzero.estimation.losses import LabelPositionTask, Task, TokenTask, labels_of
 from peft_dpzero.estimation.merging import MergedLora
@@ -29,8 +30,8 @@ from peft_dpzero.estimation.trunk import SharedTrunk
 MicroBatch = Mapping[str, Any]
 
 # Points are stacked over a shared trunk while the widest output above it stays within this many entries, which is what
-# a core's share of the cache holds (`tests/benchmarks/stacking.py`). Elsewhere they are while a micro-batch of so few
-# tokens leaves a CPU idle, or while weights take longer to fetch than to use.
+# a core's share of the cache holds (`tests/benchmarks/stacking.py`). Elsewhere they are over a row that goes by itself
+# while so few tokens leave a CPU idle, or while weights take longer to fetch than to use.
 STACKED_ENTRIES_ABOVE_TRUNK = 1 << 22
 STACKED_TOKENS = 128
 STACKED_TOKENS_OFFLOADED = 1 << 13
@@ -45,6 +46,7 @@ class Shortcuts:
         head: logits are made at label positions only. For tasks that read nothing else.
         lora: LoRA layers run as one product.
         last: the last layers run at the positions only that losses read.
+        few: layers over one vector a row run on a multiple of four rows.
         stacks: several points θ + s·z go through the model in one pass, a copy of the activations each from the first
             perturbed parameter on, so that frozen weights are read once.
     """
@@ -53,6 +55,7 @@ class Shortcuts:
     head: OutputHead | None = None
     lora: MergedLora | None = None
     last: NarrowedLayers | None = None
+    few: FilledLayers | None = None
     stacks: bool = False
 
 
@@ -121,13 +124,14 @@ class Losses:
         if self._offloaded:
             return STACKED_TOKENS_OFFLOADED // max(tokens, 1)
         if trunk is None:
-            return STACKED_TOKENS // max(tokens, 1)
+            return STACKED_TOKENS // max(tokens, 1) if rows == 1 and not _is_padded(batch) else 1
         return STACKED_ENTRIES_ABOVE_TRUNK // trunk.entries_above(rows, tokens)
 
     def _losses(self, batch: MicroBatch) -> Tensor:
         inputs = {**self.task.inputs(batch), **self._settings}
-        last = self.shortcuts.last
-        with last.narrowed(partial(self._positions, batch)) if last else nullcontext():
+        last, few = self.shortcuts.last, self.shortcuts.few
+        narrowed = last.narrowed(partial(self._positions, batch)) if last else nullcontext()
+        with narrowed, few.filled() if few else nullcontext():
             if self.shortcuts.head is None:
                 losses = self.task.losses(self.model(**inputs), batch)
             else:
@@ -162,6 +166,11 @@ class _Pass(nn.Module):
 
     def forward(self, batch: MicroBatch) -> Tensor:
         return self.read(batch)
+
+
+def _is_padded(batch: MicroBatch) -> bool:
+    mask = batch.get("attention_mask")
+    return isinstance(mask, Tensor) and not bool(mask.all())
 
 
 def _takes_use_cache(model: Any) -> bool:

@@ -1,16 +1,15 @@
 """The shape in which a row goes through the model: a function of that row and of public facts, of no other row.
 
-With its shape fixed, a row's outputs are the same bit for bit whatever the other rows of its micro-batch hold. So a row
-is padded to a length that its own length decides, and a micro-batch of that length has a fixed number of rows: what is
-missing is filled with made-up rows. `transformers` drops an attention mask that is 1 everywhere, which another row can
+A row is padded to a length that its own length decides. How many rows of that length share a pass is one of few
+numbers, among which a trial found a row's outputs to be the same bit for bit, whatever the other rows hold; where rows
+are missing, made-up ones fill up. `transformers` drops an attention mask that is 1 everywhere, which another row can
 decide; so every row of a micro-batch ends in padding, and one that cannot goes by itself.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,8 +23,10 @@ SHORTEST_STEP = 4
 # What a pass costs besides its tokens, in tokens: estimates for small models.
 PASS_TOKENS = {"cpu": 64}
 PASS_TOKENS_ELSEWHERE = 2048
-# About as many different lengths are drawn in a step.
-LENGTHS_A_STEP = 14
+# Passes of more tokens than so many times `pass_tokens` are hardly cheaper.
+LONGEST_PASS = 12
+# Of fewer rows a step most have a length of their own.
+FEWEST_ROWS = 28
 _TARGETS = ("labels", "decoder_input_ids", "decoder_attention_mask")
 
 Row = dict[str, Any]
@@ -42,7 +43,8 @@ class Shapes:
         max_length: tokens that a row may have; None allows any number.
         max_tokens: tokens, padding included, that go through the model at once, unless it is a single row.
         alone: whether every row goes through the model by itself.
-        together: the padded lengths at which rows share a pass, since a trial showed no bit to depend on the others.
+        together: for each padded length at which rows share a pass the numbers of rows that may, ascending: those
+            among which a trial found a row's losses to be the same bit for bit.
         exact: whether a row that goes by itself is not padded.
         pad_token_id: what `input_ids` are padded with.
         token_labels: whether labels (l,) belong to tokens; None tells by their shape.
@@ -55,41 +57,35 @@ class Shapes:
     max_length: int | None = None
     max_tokens: int | None = None
     alone: bool = False
-    together: frozenset[int] = frozenset()
+    together: Mapping[int, Sequence[int]] = field(default_factory=dict)
     exact: bool = True
     pad_token_id: int = 0
     token_labels: bool | None = None
     pass_tokens: int = PASS_TOKENS["cpu"]
 
-    def rows(self, length: int) -> int:
-        """How many rows of a padded length a micro-batch has."""
-        return 1 if self.alone or length not in self.together else self.wanted_rows(length)
+    def counts(self, length: int) -> Sequence[int]:
+        """How many rows of a padded length a micro-batch may have."""
+        return (1,) if self.alone else self.together.get(length, (1,))
 
-    def wanted_rows(self, length: int) -> int:
-        """How many rows of a padded length share a pass where they are strangers to each other.
-
-        It weighs a pass's fixed cost, which many rows share, against made-up rows, about half a micro-batch for each
-        length that is drawn. Of fewer rows than two a length most would be made up. Rows without tokens are all of
-        length 1.
-        """
-        if length == 1:
-            return self.most_rows
-        if self.expected_rows < 2 * LENGTHS_A_STEP:
-            return 1
-        best = math.sqrt(2 * self.pass_tokens * self.expected_rows / (LENGTHS_A_STEP * max(length, 1)))
-        bound = self.most_rows if self.max_tokens is None else min(self.most_rows, self.max_tokens // max(length, 1))
-        return max(1, min(1 << round(math.log2(max(best, 1))), bound))
+    def wanted_counts(self, length: int) -> list[int]:
+        """How many rows of a padded length would share a pass if they were strangers to each other."""
+        if self.expected_rows < FEWEST_ROWS:
+            return [1]
+        tokens = LONGEST_PASS * self.pass_tokens
+        if self.max_tokens is not None:
+            tokens = min(tokens, self.max_tokens)
+        return row_counts(min(self.most_rows, int(self.expected_rows), tokens // length))
 
     def length(self, tokens: int) -> int:
         """The padded length of a row: longer than the row, unless it goes by itself."""
         padded = self._bucket(tokens)
-        return tokens if self.exact and self.rows(padded) == 1 else padded
+        return tokens if self.exact and max(self.counts(padded)) == 1 else padded
 
-    def lengths(self, longest: int, most_tokens: int) -> list[int]:
-        """The padded lengths of rows below `longest` tokens at which several would share a pass of so many tokens."""
+    def lengths(self, longest: int) -> list[int]:
+        """The padded lengths of rows below `longest` tokens at which several would share a pass."""
         bounds = [bound for bound in (longest, self.limit, self.max_length and self.max_length + 1) if bound]
         lengths = sorted({self._bucket(tokens) for tokens in range(1, min(bounds))})
-        return [length for length in lengths if 1 < self.wanted_rows(length) <= most_tokens // length]
+        return [length for length in lengths if self.wanted_counts(length)[-1] > 1]
 
     def _bucket(self, tokens: int) -> int:
         step = max(SHORTEST_STEP, (1 << tokens.bit_length()) // 8)
@@ -134,13 +130,27 @@ class Shapes:
         full = isinstance(mask, Tensor) and bool(mask.all())
         return full, tuple((key, _form(value)) for key, value in sorted(row.items()))
 
-    def rows_like(self, row: Row) -> int:
-        """How many rows a micro-batch of padded rows like this one has: one of a row that does not end in padding."""
+    def sizes(self, row: Row, number: int) -> list[int]:
+        """How many rows each micro-batch of `number` padded rows like this one has, made-up ones at the end included.
+
+        Rows that do not end in padding go one at a time. The others are split so that passes, and tokens with those of
+        made-up rows, cost least.
+        """
         mask = row.get("attention_mask")
         if "input_ids" in row and not (isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all())):
-            return 1
-        tokens = (row.get(key) for key in ("input_ids", "inputs_embeds", "attention_mask", *_TARGETS))
-        return self.rows(max((v.shape[1] for v in tokens if isinstance(v, Tensor) and v.ndim > 1), default=1))
+            return [1] * number
+        columns = (row.get(key) for key in ("input_ids", "inputs_embeds", "attention_mask", *_TARGETS))
+        length = max((v.shape[1] for v in columns if isinstance(v, Tensor) and v.ndim > 1), default=1)
+        # The cheapest way to split 0, 1, … rows: its cost, and its last micro-batch.
+        cheapest = [(0, 0)]
+        for rows in range(1, number + 1):
+            costs = ((cheapest[max(0, rows - n)][0] + n * length + self.pass_tokens, n) for n in self.counts(length))
+            cheapest.append(min(costs))
+        sizes = []
+        while number > 0:
+            sizes.append(cheapest[number][1])
+            number -= sizes[-1]
+        return sorted(sizes, reverse=True)
 
     def made_up(self, row: Row) -> Row:
         """A row of the same shape that holds nothing of `row`: padding after one token, and the first class."""
@@ -184,6 +194,12 @@ class Shapes:
         if key in ("input_ids", "decoder_input_ids"):
             return self.pad_token_id
         return IGNORE if key == "labels" else 0
+
+
+def row_counts(most: int) -> list[int]:
+    """1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, …, up to `most`: quarters of powers of two."""
+    counts = {(quarters << power) // 4 for power in range(max(most, 1).bit_length()) for quarters in range(4, 8)}
+    return sorted(count for count in counts if count <= max(most, 1))
 
 
 def stacked_rows(rows: list[Row]) -> Row:

@@ -69,7 +69,7 @@ class Ours:
         if without is not None:
             off = replace(self.shortcuts, **{without: getattr(PLAIN, without)})
             losses = Losses(workload.model, workload.task, losses.place, off)
-        batches = Batches(workload).logical(probe.tried_shapes(perturbation, losses, shapes))
+        batches = Batches(workload).logical(probe.tried_shapes(perturbation, losses, shapes, config))
         self._new_step = partial(PrivateStep, workload.model, plan, batches, losses, perturbation, self.optimizer)
         self.step = self._new_step()
 

@@ -17,7 +17,7 @@ from peft_dpzero.estimation.sampling import seeded_secret
 
 from tiny import drawn_values
 
-SHAPES = Shapes(expected_rows=60, most_rows=8, limit=64, together=frozenset(range(1, 3000)))
+SHAPES = Shapes(expected_rows=60, most_rows=8, limit=64, together={length: range(1, 9) for length in range(1, 3000)})
 ROWS = [{"input_ids": [1] * (1 + i * 7 % 11), "index": i} for i in range(40)]
 
 
@@ -40,7 +40,7 @@ def drawn(source: LogicalBatches, step: int) -> list[int]:
 @pytest.mark.parametrize("most_rows", [1, 4, 100])
 def test_every_drawn_row_is_in_one_micro_batch_of_one_process(world_size: int, most_rows: int) -> None:
     secret = seeded_secret(0)
-    shapes = replace(SHAPES, most_rows=most_rows)
+    shapes = replace(SHAPES, together=dict.fromkeys(range(1, 3000), range(1, most_rows + 1)))
     for step in range(5):
         ranks = [batches(secret, rank=rank, world_size=world_size, shapes=shapes) for rank in range(world_size)]
         assert (
@@ -62,33 +62,54 @@ def neighbors_of(row: int) -> Any:
     )
 
 
-@given(neighbors_of(7), st.integers(1, 9), st.integers(1, 9))
-def test_how_a_row_is_computed_depends_on_no_other_row(dataset: list[Any], most_rows: int, expected: int) -> None:
-    """Same shape, rows and padding around it or not: whatever else was drawn."""
-    shapes = replace(SHAPES, most_rows=most_rows, expected_rows=expected**2)
+@given(neighbors_of(7), st.sets(st.integers(1, 12), min_size=1))
+def test_how_a_row_is_computed_depends_on_no_other_row(dataset: list[Any], counts: set[int]) -> None:
+    """Same padding, in a number of rows that was tried, whatever else was drawn."""
+    shapes = replace(SHAPES, together=dict.fromkeys(range(1, 3000), sorted(counts)))
 
     def seen(data: list[Any]) -> tuple[Any, ...]:
         share = batches(seeded_secret(0), data, rate=1.0, shapes=shapes).draw(0)
         (found,) = [one for one in share.micro_batches if 7 in one["index"].tolist()]
+        assert len(found["index"]) in counts
         place = found["index"].tolist().index(7)
-        row = {key: (value.shape, value[place].tolist()) for key, value in found.items()}
+        row = {key: (value.shape[1:], value[place].tolist()) for key, value in found.items()}
         return row, bool(found["attention_mask"].all())
 
     assert seen(dataset) == seen(ROWS)
+
+
+@given(st.integers(0, 200), st.integers(1, 40), st.sets(st.integers(1, 40), min_size=1), st.integers(0, 1000))
+def test_rows_are_split_at_least_cost(number: int, length: int, counts: set[int], pass_tokens: int) -> None:
+    shapes = Shapes(100, 40, together={length: sorted(counts)}, pass_tokens=pass_tokens)
+    row = {"attention_mask": torch.zeros(1, length), "input_ids": torch.zeros(1, length)}
+    sizes = shapes.sizes(row, number)
+    assert set(sizes) <= counts
+    assert sizes == sorted(sizes, reverse=True)
+    # Only the last is filled up.
+    assert number <= sum(sizes)
+    assert not sizes or sum(sizes[:-1]) < number
+
+    def cost(sizes: list[int]) -> int:
+        return sum(size * length + pass_tokens for size in sizes)
+
+    assert all(cost(sizes) <= cost([size] * -(-number // size)) for size in counts)
 
 
 @given(st.integers(0, 3000), st.integers(1, 64), st.floats(0.1, 5000), st.sampled_from([None, 512, 2048]))
 def test_padded_lengths_are_longer_than_the_row_and_not_by_much(
     tokens: int, most: int, expected: float, limit: int | None
 ) -> None:
-    shapes = Shapes(expected, most, limit=limit, together=frozenset(range(1, 6000)))
+    shapes = Shapes(expected, most, limit=limit)
+    counts = {length: shapes.wanted_counts(length) for length in shapes.lengths(1024)}
+    shapes = replace(shapes, together=counts)
     length = shapes.length(tokens)
-    assert 1 <= shapes.rows(length) <= most
+    assert all(1 <= count <= most for count in shapes.counts(length))
     assert tokens <= length <= max(tokens + 4, 1.26 * tokens)
-    if shapes.rows(length) > 1 and (limit is None or tokens < limit):
+    if max(shapes.counts(length)) > 1 and (limit is None or tokens < limit):
         assert length > tokens
     assert limit is None or length <= max(limit, tokens)
-    assert shapes.length(tokens + 1) >= length or shapes.rows(length) > 1 or tokens + 1 == shapes.length(tokens + 1)
+    longer = shapes.length(tokens + 1)
+    assert longer >= length or max(shapes.counts(length)) > 1 or tokens + 1 == longer
 
 
 def test_missing_rows_are_made_up_and_hold_nothing_of_the_data() -> None:

@@ -66,7 +66,7 @@ def prepared(
     shapes = probe.fit_shapes(perturbation, Shapes(EXPECTED_ROWS, micro_batch_size))
     probe.check_reach(perturbation)
     losses = probe.losses(perturbation, dict) if shortcuts == "chosen" else Losses(model, task, dict)
-    shapes = probe.tried_shapes(perturbation, losses, shapes)
+    shapes = probe.tried_shapes(perturbation, losses, shapes, CONFIG)
 
     def run(rows: Sequence[Row]) -> Tensor:
         sampler = PoissonSampler(len(rows), 1.0, bytes(32))
