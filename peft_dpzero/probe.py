@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 _PROBE_SCALE = 0.1
 # Up to which lengths it is tried whether rows keep their bits.
 _LONGEST = 1024
+# Of fewer rows a step than so many times the points that can be stacked, each goes alone, without padding: measured.
+_ROWS_A_POINT = 8
 # Seconds after which progress is shown.
 _PATIENCE = 5
 # A smaller share of the model than this is not worth keeping.
@@ -148,11 +150,14 @@ class Probe:
         bit of a row depends on how many other rows there are, what they hold, and where it stands among them.
 
         Each is tried with `losses` on this machine, in the passes that a run with `config` takes; a longer row than was
-        tried goes alone.
+        tried goes alone. So does each if its own points, stacked, fill a pass as well as other rows would.
         """
         if shapes.alone or not self.suits(losses.model):
             return shapes
         points = points_of(config.num_directions, _PROBE_SCALE, config.difference)
+        stacks = losses.shortcuts.stacks and losses.shortcuts.trunk is None
+        if stacks and shapes.expected_rows <= _ROWS_A_POINT * min(len(points), perturbation.most_stacked):
+            return shapes
         together = dict(shapes.together)
         for length in tqdm(shapes.lengths(_LONGEST), desc="Trying shapes", delay=_PATIENCE):
             counts = self._alike_counts(perturbation, losses, length, shapes.wanted_counts(length), points)

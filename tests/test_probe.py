@@ -54,7 +54,7 @@ def shared(model: Any) -> Mapping[int, Sequence[int]]:
     """How many rows share passes, by padded length."""
     perturbation, probe = Perturbation(model), Probe(model, CPU, infer_task(model), asserted=True)
     shapes = probe.fit_shapes(perturbation, Shapes(64, 16))
-    config = DPZeroConfig(noise_multiplier=1.0, target_delta=1e-5)
+    config = DPZeroConfig(noise_multiplier=1.0, target_delta=1e-5, num_directions=1)
     return probe.tried_shapes(perturbation, probe.losses(perturbation, dict), shapes, config).together
 
 
@@ -167,6 +167,16 @@ def test_a_difference_in_rounding_separates_rows() -> None:
 
     assert not shared(with_module(Breath()))
     assert {8, 12, 16, 32, 64} <= shared(with_module(nn.Sequential())).keys()
+
+
+def test_rows_whose_own_points_fill_a_pass_go_alone() -> None:
+    model = with_module(nn.Sequential())
+    perturbation, probe = Perturbation(model), Probe(model, CPU, infer_task(model))
+    for rows, directions, alone in ((64, 1, False), (64, 16, True), (1024, 16, False)):
+        shapes = probe.fit_shapes(perturbation, Shapes(rows, 4, max_length=10))
+        config = DPZeroConfig(noise_multiplier=1.0, target_delta=1e-5, num_directions=directions)
+        tried = probe.tried_shapes(perturbation, probe.losses(perturbation, dict), shapes, config)
+        assert (not tried.together) == alone
 
 
 def test_numbers_of_rows_that_round_in_another_way_are_not_used() -> None:

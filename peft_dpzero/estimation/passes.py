@@ -31,9 +31,9 @@ MicroBatch = Mapping[str, Any]
 
 # Points are stacked over a shared trunk while the widest output above it stays within this many entries, which is what
 # a core's share of the cache holds (`tests/benchmarks/stacking.py`). Elsewhere they are over a row that goes by itself
-# while so few tokens leave a CPU idle, or while weights take longer to fetch than to use.
+# while so many tokens make a pass cheaper than several, or while weights take longer to fetch than to use.
 STACKED_ENTRIES_ABOVE_TRUNK = 1 << 22
-STACKED_TOKENS = 128
+STACKED_TOKENS = 1024
 STACKED_TOKENS_OFFLOADED = 1 << 13
 
 
