@@ -154,7 +154,8 @@ class Probe:
         """
         if shapes.alone or not self.suits(losses.model):
             return shapes
-        points = points_of(config.num_directions, _PROBE_SCALE, config.difference)
+        # From the last on, as the first may be θ itself, where an adapter can have no effect.
+        points = points_of(config.num_directions, _PROBE_SCALE, config.difference)[::-1]
         stacks = losses.shortcuts.stacks and losses.shortcuts.trunk is None
         if stacks and shapes.expected_rows <= _ROWS_A_POINT * min(len(points), perturbation.most_stacked):
             return shapes

@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.logits import CHUNK_ENTRIES, FullLogits, Logits
-from peft_dpzero.estimation.shapes import IGNORE
+from peft_dpzero.estimation.shapes import IGNORE, may_have_company
 
 Batch = Mapping[str, Any]
 LossFunction = Callable[[Any, Tensor], Tensor]
@@ -107,8 +107,9 @@ class TokenTask(LabelPositionTask):
         b, length = labels.shape
         extra = logits.length - length
         example, position = self.positions(batch, logits.length)
-        # Several rows' labels are read in pieces of one size, of which the last repeats row 0's first position.
-        lacking = -len(example) % _positions_at_once(logits.vocabulary, b * length) if b > 1 else 0
+        # Unless a row always goes alone, pieces are of one size: the last repeats row 0's first position.
+        in_pieces = b > 1 or may_have_company(batch)
+        lacking = -len(example) % _positions_at_once(logits.vocabulary, b * length) if in_pieces else 0
         row, column = F.pad(example, (0, lacking)), F.pad(position, (0, lacking), value=extra)
         targets = labels[row, column + self.shift - extra].clamp(min=0)
         nll = cross_entropy_at(logits, row, column, targets, b * length)[: len(example)]

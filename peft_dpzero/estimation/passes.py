@@ -24,6 +24,7 @@ from peft_dpzero.estimation.logits import HiddenLogits, Logits, OutputHead
 from peft_dpzero.estimation.losses import LabelPositionTask, Task, TokenTask, labels_of
 from peft_dpzero.estimation.merging import MergedLora
 from peft_dpzero.estimation.narrowing import NarrowedLayers
+from peft_dpzero.estimation.shapes import may_have_company
 from peft_dpzero.estimation.state import KeptState
 from peft_dpzero.estimation.trunk import SharedTrunk
 
@@ -124,7 +125,7 @@ class Losses:
         if self._offloaded:
             return STACKED_TOKENS_OFFLOADED // max(tokens, 1)
         if trunk is None:
-            return STACKED_TOKENS // max(tokens, 1) if rows == 1 and not _is_padded(batch) else 1
+            return STACKED_TOKENS // max(tokens, 1) if rows == 1 and not may_have_company(batch) else 1
         return STACKED_ENTRIES_ABOVE_TRUNK // trunk.entries_above(rows, tokens)
 
     def _losses(self, batch: MicroBatch) -> Tensor:
@@ -150,8 +151,11 @@ class Losses:
         return HiddenLogits(hidden[-1], head)
 
     def _positions(self, batch: MicroBatch, length: int) -> tuple[Tensor, Tensor] | None:
-        """Where losses read in a pass, if that is as many positions of each row."""
-        if isinstance(self.task, TokenTask) and len(labels_of(batch)) > 1:
+        """Where losses read in a pass, if that is as many positions of each row.
+
+        A row's labels decide only if it always goes by itself.
+        """
+        if isinstance(self.task, TokenTask) and (len(labels_of(batch)) > 1 or may_have_company(batch)):
             return None
         return self.task.positions(batch, length)
 
@@ -166,11 +170,6 @@ class _Pass(nn.Module):
 
     def forward(self, batch: MicroBatch) -> Tensor:
         return self.read(batch)
-
-
-def _is_padded(batch: MicroBatch) -> bool:
-    mask = batch.get("attention_mask")
-    return isinstance(mask, Tensor) and not bool(mask.all())
 
 
 def _takes_use_cache(model: Any) -> bool:

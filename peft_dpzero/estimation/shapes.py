@@ -136,8 +136,7 @@ class Shapes:
         Rows that do not end in padding go one at a time. The others are split so that passes, and tokens with those of
         made-up rows, cost least.
         """
-        mask = row.get("attention_mask")
-        if "input_ids" in row and not (isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all())):
+        if "input_ids" in row and not may_have_company(row):
             return [1] * number
         columns = (row.get(key) for key in ("input_ids", "inputs_embeds", "attention_mask", *_TARGETS))
         length = max((v.shape[1] for v in columns if isinstance(v, Tensor) and v.ndim > 1), default=1)
@@ -194,6 +193,12 @@ class Shapes:
         if key in ("input_ids", "decoder_input_ids"):
             return self.pad_token_id
         return IGNORE if key == "labels" else 0
+
+
+def may_have_company(batch: Mapping[str, Any]) -> bool:
+    """Whether rows of a micro-batch share passes, here or elsewhere: those that end in padding may, others never do."""
+    mask = batch.get("attention_mask")
+    return isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all())
 
 
 def row_counts(most: int) -> list[int]:

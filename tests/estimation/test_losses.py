@@ -24,6 +24,8 @@ from peft_dpzero import (
 )
 from peft_dpzero.estimation.batching import LogicalBatch
 from peft_dpzero.estimation.differences import estimate_differences
+from peft_dpzero.estimation.logits import FullLogits
+from peft_dpzero.estimation.shapes import may_have_company
 from peft_dpzero.mechanism.private_sum import PrivateSum
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -288,3 +290,36 @@ def test_padding_on_the_left_adds_no_label() -> None:
     }
     losses = Losses(model, TokenTask(shift=1), dict)
     torch.testing.assert_close(losses(wide), losses(alone), rtol=1e-5, atol=0)
+
+
+class Reads(FullLogits):
+    """Logits that note how many positions are read at a time."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__(logits)
+        self.sizes: list[int] = []
+
+    def at(self, rows: Tensor, positions: Tensor, words: Tensor | None = None) -> Tensor:
+        self.sizes.append(len(rows))
+        return super().at(rows, positions, words)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_how_many_labels_are_read_at_a_time_is_no_matter_of_their_number(count: int) -> None:
+    """Only a row that never meets another, since it does not end in padding, is read as it is."""
+    logits = torch.randn(count, 8, 11)
+    mask = torch.ones(count, 8, dtype=torch.long)
+    mask[:, -1] = 0
+    sizes = set()
+    for labelled in range(1, 7):
+        labels = torch.full((count, 8), -100)
+        labels[:, 1 : 1 + labelled] = 3
+        reads = Reads(logits)
+        padded = {"labels": labels, "attention_mask": mask}
+        TokenTask(1).losses_from(reads, padded)
+        sizes |= set(reads.sizes)
+        assert may_have_company(padded)
+    assert len(sizes) == 1
+    lone = Reads(logits[:1])
+    TokenTask(1).losses_from(lone, {"labels": labels[:1], "attention_mask": torch.ones_like(mask[:1])})
+    assert lone.sizes == [6]

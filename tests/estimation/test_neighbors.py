@@ -287,3 +287,15 @@ def test_a_data_set_that_leaves_rows_out_attributes_none_to_another() -> None:
     model = build(BY_NAME["BERT"])
     rows = rows_with("classifier", [5, 9, 1, 12, 7], stranger=1)
     assert_strangers(when_one_joins(model, infer_task(model), rows, dataset=Forgetful))
+
+
+@pytest.mark.parametrize("labels", [1, 2, 3, 9])
+@pytest.mark.parametrize("name", ["Llama", "GPT-2"])
+def test_a_row_with_few_labels_is_read_alike_alone_and_in_company(name: str, labels: int) -> None:
+    model = build(BY_NAME[name])
+    rows = rows_with("causal_lm", [33, 41, 70], stranger=34)
+    for one in rows.values():
+        one["labels"] = [-100] * (len(one["labels"]) - labels) + one["labels"][-labels:]
+    for shortcuts in SHORTCUTS:
+        found = when_one_joins(model, infer_task(model), rows, shortcuts=shortcuts, micro_batch_size=8)
+        assert_strangers(found)
