@@ -137,7 +137,7 @@ class Probe:
 
     def losses(self, perturbation: Perturbation, place: Callable[[MicroBatch], MicroBatch]) -> Losses:
         """The run's losses by the cheapest passes that give the plain ones' values here."""
-        batch, lone = self.data.batch(self._shown), self.data.batch(self.data.alone(0))
+        batch, lone = self.data.batch(self._shown), self.data.batch(self.data.alone(1))
         for made in (batch, lone) if isinstance(self.task, TokenTask) else ():
             if "labels" in made:
                 made["labels"] = _thinned(made["labels"])

@@ -55,8 +55,8 @@ class Trials:
         self._batch = batch
         self._lone = lone
         self._tolerance = tolerance
-        # Of several rows, labels at as many places of each are not known to be read.
-        self._single = {k: v[-1:] for k, v in batch.items()} if isinstance(task, TokenTask) else batch
+        # What labels decide is read of rows only that always go alone.
+        self._narrowable = lone if isinstance(task, TokenTask) else batch
         self._plain = self.losses(PLAIN)
 
     def losses(
@@ -90,12 +90,13 @@ class Trials:
         Small models hide in a tolerance what large values there change, so that these must not change a bit.
         """
         quiet, loud = (
-            self.losses(replace(shortcuts, last=NarrowedLayers(modules, loud)), _POINTS[:1], self._single)
+            self.losses(replace(shortcuts, last=NarrowedLayers(modules, loud)), _POINTS[:1], self._narrowable)
             for loud in (False, True)
         )
-        if quiet is None or loud is None or self._plain is None:
+        plain = self.losses(PLAIN, _POINTS[:1], self._narrowable)
+        if quiet is None or loud is None or plain is None:
             return False
-        return torch.equal(quiet, loud) and self._near(quiet, self._plain[:1, -quiet.shape[1] :])
+        return torch.equal(quiet, loud) and self._near(quiet, plain)
 
     def _near(self, losses: Tensor, plain: Tensor) -> bool:
         return torch.allclose(losses, plain, rtol=1e-4, atol=self._tolerance)

@@ -29,6 +29,7 @@ NAMES = [field.name for field in dataclasses.fields(Shortcuts)]
 CASES: dict[str, tuple[str, Callable[[], Workload], int]] = {
     "minilm": ("MiniLM, LoRA, B = 256, K = 1", lambda: minilm("lora", 256, 64), 1),
     "minilm_k16": ("MiniLM, LoRA, B = 16, K = 16", lambda: minilm("lora", 16, 16), 16),
+    "minilm_upper_k1": ("MiniLM, LoRA in the upper third, B = 256, K = 1", lambda: minilm("upper", 256, 64), 1),
     "minilm_upper": ("MiniLM, LoRA in the upper third, B = 16, K = 16", lambda: minilm("upper", 16, 16), 16),
     "gemma": ("Gemma, LoRA, B = 16, K = 1", lambda: gemma("lora"), 1),
     "llama": ("Llama, LoRA, B = 4, K = 1", lambda: llama("lora"), 1),

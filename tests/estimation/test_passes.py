@@ -82,6 +82,11 @@ def batch(kind: str, rows: int = 3, length: int = 7) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def lone(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch's second row, which is not padded."""
+    return {key: value[1:2] for key, value in batch.items()}
+
+
 def at_all(losses: Losses, one: dict[str, Tensor], model: Any) -> Tensor:
     return losses_at(losses, [one], Perturbation(model), 0, POINTS)[0]
 
@@ -92,9 +97,11 @@ def test_the_probes_choice_gives_the_plain_losses(name: str) -> None:
     model = build().eval()
     task = infer_task(model)
     chosen = Probe(model, CPU, task=task).losses(Perturbation(model), dict)
-    plain = at_all(Losses(model, task, dict), batch(kind), model)
-    assert plain.shape == (len(POINTS), 3)
-    torch.testing.assert_close(at_all(chosen, batch(kind), model), plain, rtol=1e-5, atol=1e-6)
+    for one in (batch(kind), lone(batch(kind))):
+        plain = at_all(Losses(model, task, dict), one, model)
+        assert plain.shape == (len(POINTS), len(one["input_ids"]))
+        torch.testing.assert_close(at_all(chosen, one, model), plain, rtol=1e-5, atol=1e-6)
+    assert (chosen.points_at_once(one) > 1) == chosen.shortcuts.stacks
     assert chosen.shortcuts.stacks or name in ("prefix", "prompt")
     assert (chosen.shortcuts.head is not None) == (kind != "classifier")
 
@@ -110,6 +117,7 @@ def test_label_words_are_projected_alone(kind: str, words: list[str]) -> None:
     for stacks in (False, True):
         chosen = Losses(model, task, dict, Shortcuts(head=OutputHead.of(model), stacks=stacks))
         torch.testing.assert_close(at_all(chosen, one, model), plain, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(at_all(chosen, lone(one), model), plain[:, 1:2], rtol=1e-5, atol=1e-6)
 
 
 class Largest(TorchDispatchMode):
@@ -127,7 +135,7 @@ class Largest(TorchDispatchMode):
 
 def test_no_logits_are_made_where_there_are_no_labels() -> None:
     model = lora("causal_lm").eval()
-    one = batch("causal_lm", rows=1, length=12)
+    one = lone(batch("causal_lm", length=12))
     one["labels"].fill_(-100)
     one["labels"][:, 5] = 7
     with Largest() as everywhere:
