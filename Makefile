@@ -3,12 +3,15 @@ VENV := .venv
 RUN := $(VENV)/bin
 REVIEWS := .cache/vaderSentiment-3.3.2.tar.gz
 
-.PHONY: demo test lint docs unit zoo bench clean
+.PHONY: demo test test-all lint docs unit zoo bench clean
 
 demo: $(VENV)/.ready $(REVIEWS)
 	$(RUN)/python integrations/trainer/movie_reviews.py --reviews $(REVIEWS) --output runs/demo
 
 test: lint docs unit
+
+# With every stock architecture: about half an hour more.
+test-all: test zoo
 
 lint: $(VENV)/.ready
 	$(RUN)/ruff check .
@@ -27,7 +30,7 @@ zoo: $(VENV)/.ready
 
 # BENCH="--quick", BENCH="--only gemma_lora" and the like go through to the script.
 bench: $(VENV)/.bench $(REVIEWS)
-	PYTHONPATH=. $(RUN)/python tests/benchmarks/run.py $(BENCH)
+	PYTHONPATH=. $(RUN)/python benchmarks/run.py $(BENCH)
 
 $(VENV)/.bench: $(VENV)/.ready
 	$(RUN)/pip install --quiet --constraint constraints.txt --editable ".[bench]"

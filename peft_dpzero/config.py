@@ -46,7 +46,7 @@ class DPZeroConfig:
     )
     neighboring: str = field(
         default="add_or_remove_one",
-        metadata=_help("Which data sets are neighbours: 'add_or_remove_one' or 'replace_one'."),
+        metadata=_help("Which data sets are neighbors: 'add_or_remove_one' or 'replace_one'."),
     )
     mechanism: str = field(
         default="gaussian",

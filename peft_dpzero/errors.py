@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # What an error of private data tells, since a single example may have caused it.
 STOP_IS_PUBLIC = "That the run stopped is public, and the guarantee does not cover it."
@@ -28,3 +30,18 @@ class PrivateStepError(RuntimeError):
             f"{type(error).__name__} in step {step}, while private data was in hand. Its message is withheld, since "
             f"it may quote the data; run the same code on made-up data to see it. {STOP_IS_PUBLIC} Raised at:{places}"
         )
+
+
+@contextmanager
+def withheld(doing: str) -> Iterator[None]:
+    """Raises what fails inside without its message, which may quote the data."""
+    try:
+        yield
+    except (DPZeroError, PrivateStepError):
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise PrivateStepError(
+            f"{type(error).__name__} while {doing}, at {frame.filename}:{frame.lineno}. Its message is withheld, since "
+            f"it may quote the data; run the same settings on made-up data to see it. {STOP_IS_PUBLIC}"
+        ) from None

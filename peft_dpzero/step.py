@@ -18,54 +18,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
-from torch import Tensor, nn
+from torch import nn
 
-from peft_dpzero.agreement import check_agreement
+from peft_dpzero.checks.agreement import check_agreement
 from peft_dpzero.errors import DPZeroError, PrivateStepError
 from peft_dpzero.estimation.batching import LogicalBatches
 from peft_dpzero.estimation.differences import estimate_differences
-from peft_dpzero.estimation.passes import Losses
-from peft_dpzero.guards import check_processes
+from peft_dpzero.estimation.losses import Losses
 from peft_dpzero.mechanism.plan import PrivacyPlan
 from peft_dpzero.mechanism.private_sum import PrivateSum, Released
-from peft_dpzero.perturbation import Perturbation
+from peft_dpzero.perturbation.perturbation import Perturbation
+from peft_dpzero.processes import AcceleratedProcesses, check_processes, share_parameters
 from peft_dpzero.release.journal import Journal, JournalSegment
 from peft_dpzero.release.optimizer import DPZeroOptimizer
-from peft_dpzero.release.replay import interpreted
-
-
-class AcceleratedProcesses:
-    """The processes of an Accelerate launch, as the mechanism needs them."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.is_main_process = bool(accelerator.is_main_process)
-        self.count = int(accelerator.num_processes)
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over processes, on the CPU."""
-        reduced = self.accelerator.reduce(tensor.to(self.accelerator.device), "sum")
-        return torch.as_tensor(reduced).to("cpu")
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every process's `value`, in the order of their ranks."""
-        return list(gather_object([value]))
-
-    def broadcast(self, tensor: Tensor) -> Tensor:
-        """The first process's tensor, on the CPU."""
-        return torch.as_tensor(broadcast(tensor.to(self.accelerator.device))).to("cpu")
-
-
-def share_parameters(perturbation: Perturbation, processes: AcceleratedProcesses) -> None:
-    """Gives every process the first one's trainable parameters, so that all start from the same θ."""
-    with torch.no_grad():
-        for parameter in perturbation.parameters.values():
-            parameter.copy_(processes.broadcast(parameter.detach()))
+from peft_dpzero.release.replay import replayed_releases
 
 
 @dataclass
@@ -101,6 +69,7 @@ class PrivateStep:
         self,
         model: nn.Module,
         plan: PrivacyPlan,
+        *,
         batches: LogicalBatches,
         losses: Losses,
         perturbation: Perturbation,
@@ -119,7 +88,7 @@ class PrivateStep:
         self.journal = journal
         self.processes = AcceleratedProcesses(accelerator) if accelerator is not None else None
         self.mechanism = PrivateSum(plan.config, plan.expected_batch_size, self.processes, plan.loss_interval)
-        self.replayed = interpreted(segments, self.mechanism)
+        self.replayed = replayed_releases(segments, self.mechanism)
         self._next_release = max(len(self.replayed), plan.first_step)
         check_processes(self.processes.count if self.processes else 1, batches.world_size)
         if self.processes and self.processes.count > 1:

@@ -9,12 +9,13 @@ import pytest
 import torch
 from peft_dpzero import Losses
 
-sys.path.append(str(Path(__file__).with_name("benchmarks")))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from transformers import OPTConfig, OPTForCausalLM, set_seed
+
 import floor
 from headlines import headlines
 from reference import Reference
 from timing import linear_fit, spread
-from transformers import OPTConfig, OPTForCausalLM, set_seed
 from workloads import Workload, causal_lm, llama
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

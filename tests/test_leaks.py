@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from peft import LoraConfig, get_peft_model
 from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer, LogicalBatches, PoissonSampler, Shapes, new_secret
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
-from tiny import arguments, drawn_values, tiny_dataset, tiny_model
+from tiny import adapted, arguments, drawn_values, tiny_dataset, tiny_model
 
 Kind = type[Trainer]
 PUBLIC_LOGS = {
@@ -86,18 +85,12 @@ class Run:
     ends: list[int]
 
 
-def adapter() -> Any:
-    return get_peft_model(
-        tiny_model("classifier"), LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
-    )
-
-
 def build(kind: Kind, folder: Path, data: Any, model: Any = None, **changes: Any) -> Any:
     callbacks = changes.pop("callbacks", None)
     collator = changes.pop("data_collator", None)
     private = {"dpzero_config": DPZeroConfig(noise_multiplier=1.0, target_delta=1e-5, num_directions=2)}
     return kind(
-        adapter() if model is None else model,
+        adapted() if model is None else model,
         arguments(folder, **changes),
         train_dataset=data,
         data_collator=collator,

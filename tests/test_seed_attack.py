@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 from peft_dpzero import DPZeroConfig, DPZeroTrainer
-from peft_dpzero.directions import Directions
-from peft_dpzero.mechanism.clipping import SENSITIVITY, clip_to_grid
+from peft_dpzero.mechanism.clipping import SENSITIVITY
 from peft_dpzero.mechanism.private_sum import PrivateDifferences, PrivateSum
+from peft_dpzero.perturbation.directions import Directions
 from peft_dpzero.release.journal import JOURNAL_NAME
 from torch import Tensor
 
-from tiny import arguments, tiny_dataset, tiny_model
+from tiny import arguments, clip_to_grid, tiny_dataset, tiny_model
 
 SEEDS = 1 << 12
 ARGS_SEED = 42

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from peft_dpzero import DPZeroConfig, DPZeroTrainer
-from peft_dpzero.directions import Directions
+from peft_dpzero.perturbation.directions import Directions
 from torch import Tensor
 
 from tiny import arguments, tiny_dataset, tiny_model

@@ -7,7 +7,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft_dpzero import DPZeroConfig
 from peft_dpzero.estimation.batching import LogicalBatch
+from peft_dpzero.mechanism.clipping import clipped_over_threshold, to_grid
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -109,3 +113,56 @@ def drawn_values(batch: LogicalBatch, key: str) -> list[Any]:
     """What the data's rows hold under `key`, in the micro-batches' order, made-up rows left out."""
     each = zip(batch.micro_batches, batch.counts, strict=True)
     return [value for micro_batch, count in each for value in micro_batch[key][:count].tolist()]
+
+
+LORA_TARGETS = {"classifier": ["query", "value"], "causal_lm": ["q_proj", "v_proj"], "masked_lm": ["query"]}
+TASK_TYPES = {"classifier": "SEQ_CLS", "causal_lm": "CAUSAL_LM", "masked_lm": None}
+
+
+def tiny_lora(kind: str, **changes: Any) -> PeftModel:
+    """`tiny_model(kind)` with an adapter whose effect is not zero at the start."""
+    settings = {"task_type": TASK_TYPES[kind], "r": 2, "target_modules": LORA_TARGETS[kind], "init_lora_weights": False}
+    return get_peft_model(tiny_model(kind), LoraConfig(**(settings | changes)))
+
+
+def config(**changes: Any) -> DPZeroConfig:
+    """Two directions and noise, without calibration."""
+    return DPZeroConfig(**({"noise_multiplier": 1.0, "target_delta": 1e-5, "num_directions": 2} | changes))
+
+
+def adapted(model: PreTrainedModel | None = None) -> PeftModel:
+    """LoRA on a tiny classifier, or on `model`, that starts at zero as PEFT's does."""
+    torch.manual_seed(3)
+    settings = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
+    return get_peft_model(tiny_model("classifier") if model is None else model, settings)
+
+
+class SwitchLayer(nn.Module):
+    """Two experts, each of which serves the first tokens of a batch up to a capacity."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(16, 2)
+        self.experts = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
+        self.capacity = capacity
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        tokens = hidden.flatten(0, -2)
+        chosen = self.router(tokens).argmax(-1)
+        served = torch.zeros_like(tokens)
+        for index, expert in enumerate(self.experts):
+            own = (chosen == index).nonzero().flatten()[: self.capacity]
+            served[own] = expert(tokens[own])
+        return served.view_as(hidden)
+
+
+def clip_to_grid(differences: Tensor, clipping_threshold: float) -> Tensor:
+    """Clips each unit's row to L2 norm C and rounds it toward zero onto the grid of γ = C / 2²⁰.
+
+    Args:
+        differences: (n, K) float64; rows that are not finite contribute zero.
+        clipping_threshold: C, finite and above 0.
+
+    Returns: (n, K) int64 whose rows have squared norm at most 2⁴⁰, checked in integers.
+    """
+    return to_grid(clipped_over_threshold(differences, clipping_threshold)[0])

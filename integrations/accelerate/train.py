@@ -89,7 +89,17 @@ def main() -> None:
         journal = dpzero.Journal(options.output_dir / "dpzero_journal", header)
         made = [journal.segments]
     segments = broadcast_object_list(made)[0]
-    step = dpzero.PrivateStep(model, plan, batches, losses, perturbation, optimizer, journal, segments, accelerator)
+    step = dpzero.PrivateStep(
+        model,
+        plan,
+        batches=batches,
+        losses=losses,
+        perturbation=perturbation,
+        optimizer=optimizer,
+        journal=journal,
+        segments=segments,
+        accelerator=accelerator,
+    )
 
     before = accuracy(model, test_rows, accelerator.device)
     for number in range(plan.steps):
@@ -104,7 +114,7 @@ def main() -> None:
     if journal is not None:
         model.save_pretrained(options.output_dir)
         config.save_pretrained(options.output_dir)
-        dpzero.save_record(dpzero.sealed(record, options.output_dir, journal, perturbation), options.output_dir)
+        dpzero.save_record(dpzero.with_digests(record, options.output_dir, journal, perturbation), options.output_dir)
         dpzero.save_card(record, options.output_dir, base_model=None, library="peft")
     accelerator.print(f"processes {accelerator.num_processes}   accuracy {before:.3f} → {after:.3f}")
     accelerator.print(f"epsilon {record['epsilon']:.3f} at delta {record['delta']:g}   saved in {options.output_dir}")

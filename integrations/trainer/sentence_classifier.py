@@ -27,7 +27,7 @@ class SentenceConfig(BertConfig):
 
 
 class Pooling(nn.Module):
-    """Mean over tokens of some layers' hidden states, standardised with public statistics: (b, layers × hidden)."""
+    """Mean over tokens of some layers' hidden states, standardized with public statistics: (b, layers × hidden)."""
 
     def __init__(self, layers: Sequence[int], hidden: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class SentenceForSequenceClassification(PreTrainedModel):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
     def encode(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
-        """Features of tokenised sentences: (b, layers × hidden)."""
+        """Features of tokenized sentences: (b, layers × hidden)."""
         assert attention_mask is not None
         encoded = self.encoder(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
         return self.pooling(encoded.hidden_states, attention_mask)

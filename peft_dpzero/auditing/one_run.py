@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from peft_dpzero.auditing.bounds import epsilon_lower_bound
@@ -21,12 +20,10 @@ from peft_dpzero.auditing.canaries import CanaryData, Row, random_canaries
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.batching import LogicalBatches, without_column
 from peft_dpzero.estimation.differences import estimate_differences
-from peft_dpzero.estimation.passes import Losses
+from peft_dpzero.estimation.losses import Losses
 from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
-from peft_dpzero.mechanism.clipping import clip, normalised
-from peft_dpzero.mechanism.private_sum import Released
-from peft_dpzero.perturbation import Perturbation
-from peft_dpzero.trainer import DPZeroTrainerMixin
+from peft_dpzero.mechanism.private_sum import Released, clipped_rows_of_own
+from peft_dpzero.training.trainer import DPZeroTrainerMixin
 
 AddCanaries = Callable[[Any], CanaryData]
 
@@ -128,7 +125,7 @@ def _train_quietly(trainer: DPZeroTrainerMixin, watch: _Watch) -> None:
         raise DPZeroError("An audit runs in one process: launch it without accelerate.")
     if trainer.args.push_to_hub:
         raise DPZeroError("An audited run must not be released: build the trainer with push_to_hub=False.")
-    trainer.add_callback(watch)
+    trainer.release_listeners.append(watch.observe)
     with TemporaryDirectory() as folder:
         trainer.args.output_dir = folder
         trainer.args.save_strategy = SaveStrategy.NO
@@ -137,7 +134,7 @@ def _train_quietly(trainer: DPZeroTrainerMixin, watch: _Watch) -> None:
         trainer.train()
 
 
-class _Watch(TrainerCallback):  # type: ignore[misc]
+class _Watch:
     """Sees each release as it becomes public, and the rows that the canaries would add at that θ."""
 
     def __init__(self, trainer: DPZeroTrainerMixin, canaries: Sequence[Row]) -> None:
@@ -146,27 +143,17 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self.gram = np.zeros((len(canaries), len(canaries)))
         self.match = np.zeros(len(canaries))
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Listens where releases are handed to the optimizer."""
-        optimizer = getattr(optimizer, "optimizer", optimizer)
-        load = optimizer.load
-
-        def watched(released: Released, perturbation: Perturbation) -> None:
-            self._observe(released, perturbation)
-            load(released, perturbation)
-
-        optimizer.load = watched
-
-    def _observe(self, released: Released, perturbation: Perturbation) -> None:
+    def observe(self, released: Released) -> None:
+        """Listens to a release, at the θ that it was made at."""
         plan = self.trainer.privacy_plan
         threshold = released.clipping_threshold
         bound = 1.0 if threshold == float("inf") else threshold
         sums = np.array(released.coefficients) * plan.expected_batch_size * plan.config.num_directions / bound
-        rows = self._rows(released.step, perturbation, threshold) / bound
+        rows = self._rows(released.step, threshold) / bound
         self.gram += rows @ rows.T
         self.match += rows @ (sums - plan.sample_rate / 2 * rows.sum(axis=0))
 
-    def _rows(self, step: int, perturbation: Perturbation, threshold: float) -> np.ndarray:
+    def _rows(self, step: int, threshold: float) -> np.ndarray:
         """The canaries' clipped differences: (m, K) float64."""
         trainer, config = self.trainer, self.trainer.dpzero_config
         collate = trainer.data_collator
@@ -179,16 +166,13 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         differences = estimate_differences(
             Losses(trainer.model, trainer.task, trainer._prepare_inputs),
             batches.draw(step),
-            perturbation,
+            trainer._step.perturbation,
             step=step,
             num_directions=config.num_directions,
             smoothing_parameter=config.smoothing_parameter,
             difference=config.difference,
         )
-        # The seal keeps private differences in; these are of the auditor's own examples.
-        if config.clipping == "automatic":
-            return np.asarray(normalised(differences._rows, threshold).mul(threshold).numpy())
-        return np.asarray(clip(differences._rows, threshold).numpy())
+        return np.asarray(clipped_rows_of_own(differences, config, threshold).numpy())
 
     def scores(self) -> np.ndarray:
         """How much of each canary's rows is in the releases: (m,) float64, the linear least-squares estimate.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from peft_dpzero.estimation.fingerprint import order_digest
 from peft_dpzero.estimation.sampling import SECRET_BYTES, PoissonSampler
@@ -151,40 +151,3 @@ def _seed_generators(seed: bytes) -> None:
     random.seed(seed)
     np.random.seed(np.frombuffer(seed, dtype="<u4"))
     torch.default_generator.manual_seed(int.from_bytes(seed[:8], "little"))
-
-
-class _StepNumbers(Dataset[None]):
-    """As long as the training data and empty: what the Trainer's loop sees of it."""
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> None:
-        return None
-
-
-class _OnePerStep:
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return ([0] for _ in range(self.steps))
-
-
-def _nothing(rows: list[None]) -> dict[str, torch.Tensor]:
-    return {}
-
-
-def step_loader(num_units: int, steps_per_epoch: int) -> DataLoader[Any]:
-    """A loader that paces the Trainer's loop, one empty item a step, and carries no data.
-
-    The step draws its own batch from `LogicalBatches` by number, so prefetching, skipping on resume and epoch
-    ends cannot change what is sampled.
-    """
-    return DataLoader(_StepNumbers(num_units), batch_sampler=_OnePerStep(steps_per_epoch), collate_fn=_nothing)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from peft_dpzero.estimation.batching import LogicalBatch
-from peft_dpzero.estimation.passes import Losses, MicroBatch
+from peft_dpzero.estimation.losses import Losses, MicroBatch
 from peft_dpzero.mechanism.private_sum import PrivateDifferences
-from peft_dpzero.perturbation import Perturbation, Point
+from peft_dpzero.perturbation.perturbation import Perturbation, Point
 
 
 def estimate_differences(

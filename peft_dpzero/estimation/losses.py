@@ -1,268 +1,177 @@
-"""Per-example losses: a task turns model outputs into one float32 loss an example.
+"""Forward passes: per-example losses of a model, and the ways to make several passes cost less.
 
-Shapes: b examples, l tokens, v vocabulary, c classes. Losses are computed from float32 logits whatever the
-model's dtype (float64 stays float64): in half precision the difference of two losses is mostly rounding. How many
-numbers an operation works on at once follows from a batch's shape, never from what is in it: a row's loss would else
-be rounded as other rows decide.
+Each of the `Shortcuts` gives the losses of the plain pass within float rounding, which `Probe` checks on made-up
+tokens before it is used.
 """
 
 from __future__ import annotations
 
-import copy
+import inspect
+import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from transformers.models.auto import modeling_auto as auto
-from transformers.utils import ModelOutput
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
 
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.estimation.logits import CHUNK_ENTRIES, FullLogits, Logits
-from peft_dpzero.estimation.shapes import IGNORE, may_have_company
+from peft_dpzero.estimation.shapes import may_have_company
+from peft_dpzero.estimation.shortcuts.filled_rows import FilledLayers
+from peft_dpzero.estimation.shortcuts.label_logits import HiddenLogits, Logits, OutputHead
+from peft_dpzero.estimation.shortcuts.merged_lora import MergedLora
+from peft_dpzero.estimation.shortcuts.read_positions import NarrowedLayers
+from peft_dpzero.estimation.shortcuts.trunk import SharedTrunk
+from peft_dpzero.estimation.state import KeptState
+from peft_dpzero.estimation.tasks import LabelPositionTask, Task, TokenTask, labels_of
 
-Batch = Mapping[str, Any]
-LossFunction = Callable[[Any, Tensor], Tensor]
+MicroBatch = Mapping[str, Any]
 
-
-def widened(tensor: Tensor) -> Tensor:
-    """`tensor` in float32, or unchanged if float64."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def labels_of(batch: Batch) -> Tensor:
-    """The batch's labels.
-
-    Raises:
-        DPZeroError: there are none.
-    """
-    for key in ("labels", "label"):
-        if batch.get(key) is not None:
-            return torch.as_tensor(batch[key])
-    raise DPZeroError(
-        "The collated batch has no 'labels': add a 'labels' (or 'label') column to train_dataset, or use a "
-        "data_collator that makes one."
-    )
+# Points are stacked over a shared trunk while the widest output above it stays within this many entries, which is what
+# a core's share of the cache holds (`benchmarks/stacking.py`). Elsewhere they are over a row that goes by itself
+# while so many tokens make a pass cheaper than several, or while weights take longer to fetch than to use.
+STACKED_ENTRIES_ABOVE_TRUNK = 1 << 22
+STACKED_TOKENS = 1024
+STACKED_TOKENS_OFFLOADED = 1 << 13
 
 
-class Task:
-    """How a model's inputs are made from a batch and its losses read from the outputs.
-
-    Subclasses override what differs: `inputs` (batch → forward arguments), `losses` (outputs, batch → (b,)) and
-    `predictions` (outputs, batch → what `compute_metrics` sees). The rows of a task that is not this package's go
-    through the model one at a time.
+@dataclass(frozen=True)
+class Shortcuts:
+    """What a pass may leave out.
 
     Attributes:
-        token_labels: whether labels belong to tokens, (b, l); None tells by their shape.
+        trunk: activations that no direction changes are computed once a micro-batch.
+        label_logits: logits are made at label positions only. For tasks that read nothing else.
+        merged_lora: LoRA layers run as one product.
+        read_positions: the last layers run at the positions only that losses read.
+        filled_rows: layers over one vector a row run on a multiple of four rows.
+        stacked: several points θ + s·z go through the model in one pass, a copy of the activations each from the first
+            perturbed parameter on, so that frozen weights are read once.
     """
 
-    token_labels: bool | None = None
-
-    def inputs(self, batch: Batch) -> dict[str, Any]:
-        """Forward arguments: the batch without labels, so that the model computes no loss of its own."""
-        return {key: value for key, value in batch.items() if key not in ("labels", "label")}
-
-    def losses(self, outputs: Any, batch: Batch) -> Tensor:
-        """One loss an example: (b,), float32 or float64."""
-        raise NotImplementedError
-
-    def positions(self, batch: Batch, length: int) -> tuple[Tensor, Tensor] | None:
-        """Rows and positions, both (n,), of the outputs (b, length, …) that the losses read; None if not known."""
-        return None
-
-    def predictions(self, outputs: Any, batch: Batch) -> Tensor:
-        """What evaluation collects: the logits."""
-        return torch.as_tensor(outputs.logits)
+    trunk: SharedTrunk | None = None
+    label_logits: OutputHead | None = None
+    merged_lora: MergedLora | None = None
+    read_positions: NarrowedLayers | None = None
+    filled_rows: FilledLayers | None = None
+    stacked: bool = False
 
 
-class LabelPositionTask(Task):
-    """A task that reads logits at label positions only, so that no others need be made."""
-
-    def losses(self, outputs: Any, batch: Batch) -> Tensor:
-        return self.losses_from(FullLogits(outputs.logits), batch)
-
-    def losses_from(self, logits: Logits, batch: Batch) -> Tensor:
-        """One loss an example: (b,), float32 or float64."""
-        raise NotImplementedError
+PLAIN = Shortcuts()
 
 
-class TokenTask(LabelPositionTask):
-    """Mean cross-entropy over an example's label tokens; label −100 is no label.
-
-    Nor is one whose token, or whose predicting token, has attention_mask 0: with padding on the left, the logits at
-    the last padded position would predict an example's first token, in those batches only that pad the example.
+class Losses:
+    """Per-example losses of a model on micro-batches, without autograd.
 
     Args:
-        shift: 1 if the logits at t predict the label at t + 1 (causal LM), else 0 (masked LM, tagging).
+        model: in eval mode.
+        task: how losses are read.
+        place: moves a micro-batch to the model's device.
+        shortcuts: those that give the plain pass's losses; by default none.
     """
 
-    token_labels = True
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        place: Callable[[MicroBatch], MicroBatch],
+        shortcuts: Shortcuts = PLAIN,
+    ) -> None:
+        self.model = model
+        self.task = task
+        self.place = place
+        self.shortcuts = shortcuts
+        self._offloaded = any(parameter.is_meta for parameter in model.parameters())
+        self._settings = {"use_cache": False} if _takes_use_cache(model) else {}
+        self._state = KeptState(model)
 
-    def __init__(self, shift: int = 0) -> None:
-        self.shift = shift
+    @torch.no_grad()
+    def __call__(self, batch: MicroBatch) -> Tensor:
+        """Losses of one micro-batch on its device, at the model's parameters: (b,) float64, on the CPU."""
+        with self._state.kept():
+            return self._losses(batch).to("cpu", torch.float64)
 
-    def losses_from(self, logits: Logits, batch: Batch) -> Tensor:
-        labels = labels_of(batch)  # [b, l]
-        b, length = labels.shape
-        extra = logits.length - length
-        example, position = self.positions(batch, logits.length)
-        # Unless a row always goes alone, pieces are of one size: the last repeats row 0's first position.
-        in_pieces = b > 1 or may_have_company(batch)
-        lacking = -len(example) % _positions_at_once(logits.vocabulary, b * length) if in_pieces else 0
-        row, column = F.pad(example, (0, lacking)), F.pad(position, (0, lacking), value=extra)
-        targets = labels[row, column + self.shift - extra].clamp(min=0)
-        nll = cross_entropy_at(logits, row, column, targets, b * length)[: len(example)]
-        each = nll.new_zeros(b * length).scatter(0, example * length + position - extra, nll).view(b, length)
-        count = self._counted(labels, batch).sum(dim=1).clamp(min=1)
-        return each.sum(dim=1) / count
+    def at_one_point(self) -> AbstractContextManager[None]:
+        """Within the block, in which the parameters stay where they are, passes share what depends on them alone."""
+        return self.shortcuts.merged_lora.merged() if self.shortcuts.merged_lora else nullcontext()
 
-    def positions(self, batch: Batch, length: int) -> tuple[Tensor, Tensor]:
-        labels = labels_of(batch)
-        example, position = self._counted(labels, batch).nonzero(as_tuple=True)
-        return example, position + (length - labels.shape[1])
+    @torch.no_grad()
+    def stacked(self, batch: MicroBatch, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Losses of one micro-batch at P points, in one pass.
 
-    def _counted(self, labels: Tensor, batch: Batch) -> Tensor:
-        """Which of `labels[:, shift:]` count: (b, l − shift) bool."""
-        counted = labels[:, self.shift :] != IGNORE
-        mask = batch.get("attention_mask")
-        if mask is None or mask.shape != labels.shape:
-            return counted
-        attended = torch.as_tensor(mask).bool()
-        return counted & attended[:, self.shift :] & attended[:, : attended.shape[1] - self.shift]
+        Args:
+            batch: on its device.
+            parameters: by name, (P, …) each.
 
+        Returns: (P, b) float64, on the CPU.
+        """
+        whole = _Pass(self.model, self._losses)
+        values = {f"model.{name}": value for name, value in parameters.items()}
+        with self._state.kept(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*batching rule.*")
+            losses = vmap(lambda point: functional_call(whole, point, (batch,)))(values)
+        return torch.as_tensor(losses).to("cpu", torch.float64)
 
-class Seq2SeqTask(TokenTask):
-    """Mean cross-entropy over an example's target tokens, teacher-forced."""
+    def points_at_once(self, batch: MicroBatch) -> int:
+        """How many points to stack over one micro-batch; 1 stacks none."""
+        if not self.shortcuts.stacked:
+            return 1
+        ids, trunk = batch.get("input_ids"), self.shortcuts.trunk
+        rows = next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
+        tokens = ids.numel() if isinstance(ids, Tensor) else rows
+        if self._offloaded:
+            return STACKED_TOKENS_OFFLOADED // max(tokens, 1)
+        if trunk is None:
+            return STACKED_TOKENS // max(tokens, 1) if rows == 1 and not may_have_company(batch) else 1
+        return STACKED_ENTRIES_ABOVE_TRUNK // trunk.entries_above(rows, tokens)
 
-    def _counted(self, labels: Tensor, batch: Batch) -> Tensor:
-        return labels != IGNORE  # attention_mask is the source's.
-
-    def inputs(self, batch: Batch) -> dict[str, Any]:
-        return dict(batch) if "decoder_input_ids" not in batch else super().inputs(batch)
-
-
-class ClassificationTask(Task):
-    """Sequence classification: cross-entropy, multi-label binary cross-entropy or squared error.
-
-    Args:
-        problem_type: transformers' own name; None reads it off the labels as transformers does (one logit is
-            regression, integer labels are single-label, float labels multi-label).
-    """
-
-    token_labels = False
-
-    def __init__(self, problem_type: str | None = None) -> None:
-        self.problem_type = problem_type
-
-    def losses(self, outputs: Any, batch: Batch) -> Tensor:
-        labels = labels_of(batch)
-        logits = widened(outputs.logits)  # [b, c]
-        problem = self.problem_type or self._problem(logits, labels)
-        if problem == "regression":
-            errors = (logits - labels.to(logits).view_as(logits)).square()
-            return errors.mean(dim=1)
-        if problem == "single_label_classification":
-            return F.cross_entropy(logits, labels.view(-1), reduction="none")
-        return F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none").mean(dim=1)
-
-    def positions(self, batch: Batch, length: int) -> tuple[Tensor, Tensor]:
-        """The first of each row: what BERT's kind of head reads. Where a head reads more, the probe finds out."""
-        labels = labels_of(batch)
-        rows = torch.arange(len(labels), device=labels.device)
-        return rows, torch.zeros_like(rows)
-
-    @staticmethod
-    def _problem(logits: Tensor, labels: Tensor) -> str:
-        if logits.shape[-1] == 1:
-            return "regression"
-        integral = not labels.is_floating_point()
-        return "single_label_classification" if integral else "multi_label_classification"
-
-
-class FunctionTask(Task):
-    """A user's `(outputs, labels) → (b,)`; it need not be differentiable. It sees one row at a time, so b is 1."""
-
-    def __init__(self, function: LossFunction) -> None:
-        self.function = function
-
-    def losses(self, outputs: Any, batch: Batch) -> Tensor:
-        labels = labels_of(batch)
-        return torch.cat([self._loss(_row_of(outputs, i, len(labels)), labels[i : i + 1]) for i in range(len(labels))])
-
-    def _loss(self, outputs: Any, labels: Tensor) -> Tensor:
-        loss = widened(torch.as_tensor(self.function(outputs, labels)))
-        if loss.shape != (1,):
+    def _losses(self, batch: MicroBatch) -> Tensor:
+        inputs = {**self.task.inputs(batch), **self._settings}
+        last, few = self.shortcuts.read_positions, self.shortcuts.filled_rows
+        narrowed = last.narrowed(partial(self._positions, batch)) if last else nullcontext()
+        with narrowed, few.filled() if few else nullcontext():
+            if self.shortcuts.label_logits is None:
+                losses = self.task.losses(self.model(**inputs), batch)
+            else:
+                assert isinstance(self.task, LabelPositionTask)
+                losses = self.task.losses_from(self._logits(inputs, self.shortcuts.label_logits), batch)
+        if losses.ndim != 1:
             raise DPZeroError(
-                f"per_example_loss returned shape {tuple(loss.shape)} for one row and must return (1,): one loss for "
-                "each row that it is given, not averaged over the batch."
+                f"The per-example loss has {losses.ndim} dimensions and must have one, (batch,): it must not be "
+                "averaged over the batch."
             )
-        return loss
+        return losses
+
+    def _logits(self, inputs: dict[str, Any], head: OutputHead) -> Logits:
+        with head.held_back() as hidden:
+            self.model(**inputs)
+        return HiddenLogits(hidden[-1], head)
+
+    def _positions(self, batch: MicroBatch, length: int) -> tuple[Tensor, Tensor] | None:
+        """Where losses read in a pass, if that is as many positions of each row.
+
+        A row's labels decide only if it always goes by itself.
+        """
+        if isinstance(self.task, TokenTask) and (len(labels_of(batch)) > 1 or may_have_company(batch)):
+            return None
+        return self.task.positions(batch, length)
 
 
-def _row_of(outputs: Any, row: int, count: int) -> Any:
-    """What belongs to one of `count` rows in a model's outputs; what does not lie row by row is left out."""
+class _Pass(nn.Module):
+    """A model and the reading of its losses as one module, so that both meet the same parameters."""
 
-    def part(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value[row : row + 1] if value.ndim and value.shape[0] == count else None
-        return tuple(map(part, value)) if isinstance(value, (tuple, list)) else None
+    def __init__(self, model: nn.Module, read: Callable[[MicroBatch], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.read = read
 
-    if isinstance(outputs, ModelOutput):
-        return type(outputs)(**{key: part(value) for key, value in outputs.items()})
-    if hasattr(outputs, "__dict__") and not isinstance(outputs, Tensor):
-        parts = copy.copy(outputs)
-        vars(parts).update({key: part(value) for key, value in vars(outputs).items()})
-        return parts
-    return part(outputs)
+    def forward(self, batch: MicroBatch) -> Tensor:
+        return self.read(batch)
 
 
-def _positions_at_once(vocabulary: int, available: int) -> int:
-    return max(1, min(CHUNK_ENTRIES // vocabulary, available))
-
-
-def cross_entropy_at(logits: Logits, row: Tensor, position: Tensor, targets: Tensor, available: int) -> Tensor:
-    """Cross-entropy of the logits at (row, position) against `targets`, all (n,): (n,), widened in pieces.
-
-    Args:
-        available: how many positions there are; a piece has no more, and no more than `CHUNK_ENTRIES` logits.
-    """
-    step = _positions_at_once(logits.vocabulary, available)
-    pieces = [
-        F.cross_entropy(
-            widened(logits.at(row[i : i + step], position[i : i + step])), targets[i : i + step], reduction="none"
-        )
-        for i in range(0, max(1, row.numel()), step)
-    ]
-    return torch.cat(pieces)
-
-
-def infer_task(model: Any) -> Task:
-    """The task that the model's class was made for.
-
-    Raises:
-        DPZeroError: the class names no task that is known here.
-    """
+def _takes_use_cache(model: Any) -> bool:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = getattr(base, "config", None)
-    names = [kind.__name__ for kind in type(base).__mro__]
-
-    def is_one_of(mapping: Mapping[str, Any], suffix: str) -> bool:
-        known = {name for entry in mapping.values() for name in ([entry] if isinstance(entry, str) else entry)}
-        return any(name in known or name.endswith(suffix) for name in names)
-
-    if is_one_of(auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, "ForSequenceClassification"):
-        return ClassificationTask(getattr(config, "problem_type", None))
-    if is_one_of(auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, "ForTokenClassification"):
-        return TokenTask()
-    if getattr(config, "is_encoder_decoder", False) and is_one_of(
-        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "ForConditionalGeneration"
-    ):
-        return Seq2SeqTask()
-    if is_one_of(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "ForCausalLM"):
-        return TokenTask(shift=1)
-    if is_one_of(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "ForMaskedLM"):
-        return TokenTask()
-    raise DPZeroError(
-        f"No per-example loss is known for {type(base).__name__}: pass per_example_loss=(outputs, labels) → (batch,)."
-    )
+    return "use_cache" in inspect.signature(base.forward).parameters

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.estimation.logits import FullLogits, Logits
-from peft_dpzero.estimation.losses import Batch, LabelPositionTask, cross_entropy_at, labels_of, widened
 from peft_dpzero.estimation.shapes import IGNORE
+from peft_dpzero.estimation.shortcuts.label_logits import FullLogits, Logits
+from peft_dpzero.estimation.tasks import Batch, LabelPositionTask, cross_entropy_at, labels_of, widened
 
 
 class Verbalizer(LabelPositionTask):

@@ -13,7 +13,11 @@ STABILITY = 0.01
 
 
 def grid_unit(clipping_threshold: float) -> float:
-    """γ = C / 2²⁰: the value of one integer of the grid."""
+    """γ = C / 2²⁰: the value of one integer of the grid.
+
+    >>> grid_unit(3.0) * 2**20
+    3.0
+    """
     return clipping_threshold / SENSITIVITY
 
 
@@ -25,6 +29,11 @@ def clip(differences: Tensor, clipping_threshold: float) -> Tensor:
         clipping_threshold: C > 0; infinity clips nothing.
 
     Returns: (n, K) float64.
+
+    A row of norm 5 comes down to 2.5, one of norm 1 stays:
+
+    >>> clip(torch.tensor([[3.0, 4.0], [0.0, 1.0]], dtype=torch.float64), 2.5).tolist()
+    [[1.5, 2.0], [0.0, 1.0]]
     """
     rows = _Polar(differences, clipping_threshold)
     return torch.where(rows.fits, rows.cartesian, rows.direction * clipping_threshold)
@@ -43,7 +52,7 @@ def clipped_over_threshold(differences: Tensor, clipping_threshold: float) -> tu
     return torch.where(rows.fits, rows.cartesian / clipping_threshold, rows.direction), rows.fits
 
 
-def normalised(differences: Tensor, clipping_threshold: float) -> Tensor:
+def normalized(differences: Tensor, clipping_threshold: float) -> Tensor:
     """d_i / (‖d_i‖₂ + 0.01·C): automatic clipping (Bu et al. 2023), over C. 0 where a row is not finite.
 
     Args:
@@ -66,6 +75,11 @@ def to_grid(contributions: Tensor) -> Tensor:
 
     Raises:
         RuntimeError: the check failed, which would be a bug here; no value is shown.
+
+    0.6 · 2²⁰ = 629145.6 and −0.8 · 2²⁰ = −838860.8:
+
+    >>> to_grid(torch.tensor([[0.6, -0.8]], dtype=torch.float64)).tolist()
+    [[629145, -838860]]
     """
     units = contributions.mul(float(SENSITIVITY)).trunc().to(torch.int64)
     # Rounding in floating point can leave a row a hair above the bound: one step toward zero mends it.
@@ -73,18 +87,6 @@ def to_grid(contributions: Tensor) -> Tensor:
     if bool(_too_long(units).any()):
         raise RuntimeError("A clipped row exceeds the sensitivity bound: please report this as a bug.")
     return units
-
-
-def clip_to_grid(differences: Tensor, clipping_threshold: float) -> Tensor:
-    """Clips each unit's row to L2 norm C and rounds it toward zero onto the grid of γ = C / 2²⁰.
-
-    Args:
-        differences: (n, K) float64; rows that are not finite contribute zero.
-        clipping_threshold: C, finite and above 0.
-
-    Returns: (n, K) int64 whose rows have squared norm at most 2⁴⁰, checked in integers.
-    """
-    return to_grid(clipped_over_threshold(differences, clipping_threshold)[0])
 
 
 class _Polar:

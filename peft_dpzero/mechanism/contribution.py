@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from peft_dpzero.config import DPZeroConfig
-from peft_dpzero.mechanism.clipping import SENSITIVITY, clipped_over_threshold, normalised, to_grid
+from peft_dpzero.mechanism.clipping import SENSITIVITY, clipped_over_threshold, normalized, to_grid
 
 # a and b: shares of the squared norm.
 LOSS_SHARE = 0.1
@@ -77,7 +77,7 @@ class Contributions:
 
     def _block(self, step: int, differences: Tensor, losses: Tensor, threshold: float) -> Tensor:
         clipped, within = clipped_over_threshold(differences, threshold)
-        bounded = normalised(differences, threshold) if self.config.clipping == "automatic" else clipped
+        bounded = normalized(differences, threshold) if self.config.clipping == "automatic" else clipped
         columns = [self.difference_weight(step) * bounded]
         usable = torch.isfinite(differences).all(dim=1)
         if self.releases_loss(step):

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from peft_dpzero.config import DPZeroConfig
-from peft_dpzero.mechanism.clipping import SENSITIVITY, clip, grid_unit
+from peft_dpzero.mechanism.clipping import SENSITIVITY, clip, grid_unit, normalized
 from peft_dpzero.mechanism.contribution import Contributions
 from peft_dpzero.mechanism.noise import ExactNoise, Noise, NoNoise, SeededNoise
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class PrivateDifferences:
-    """Per-unit loss differences, (n, K) float64, and losses, (n,) float64. Private: only `PrivateSum` opens it."""
+    """Per-unit loss differences, (n, K) float64, and losses, (n,) float64. Private: only the mechanism opens it."""
 
     _rows: Tensor
     _losses: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
@@ -27,6 +27,17 @@ class PrivateDifferences:
 
     def __reduce__(self) -> str:
         raise TypeError("PrivateDifferences cannot be pickled: it holds private values.")
+
+
+def clipped_rows_of_own(differences: PrivateDifferences, config: DPZeroConfig, clipping_threshold: float) -> Tensor:
+    """Differences as they are clipped in a step, (n, K) float64, of examples that the caller made up: for audits.
+
+    Never call it on private data: this is the only other way out of the seal.
+    """
+    rows = differences._rows
+    if config.clipping == "automatic":
+        return normalized(rows, clipping_threshold).mul(clipping_threshold)
+    return clip(rows, clipping_threshold)
 
 
 @dataclass(frozen=True)
@@ -106,7 +117,7 @@ class PrivateSum:
         self.clipping_threshold = config.clipping_threshold
         self._contributions = Contributions(config, loss_interval)
         self._noise = _noise(config.noise_multiplier * SENSITIVITY, config)
-        self._interpreted = -1
+        self._last_step = -1
 
     def release(self, step: int, differences: PrivateDifferences) -> Released:
         """Clips, sums over units and processes, adds noise once, and opens the door for the results."""
@@ -128,9 +139,9 @@ class PrivateSum:
             RuntimeError: with an adaptive threshold, `step` is not the one after the last.
         """
         threshold, contributions = self.clipping_threshold, self._contributions
-        if contributions.counts and self._interpreted not in (-1, step - 1):
-            raise RuntimeError(f"Step {step} cannot follow step {self._interpreted}: its threshold is unknown.")
-        self._interpreted = step
+        if contributions.counts and self._last_step not in (-1, step - 1):
+            raise RuntimeError(f"Step {step} cannot follow step {self._last_step}: its threshold is unknown.")
+        self._last_step = step
         self.clipping_threshold = contributions.next_threshold(threshold, values, self.expected_batch_size)
         unit = grid_unit(threshold) / contributions.difference_weight(step) if self.clips else 1.0
         weight = unit / (self.expected_batch_size * self.config.num_directions)

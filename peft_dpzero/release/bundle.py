@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, snapshot_download
 
 from peft_dpzero.config import CONFIG_NAME
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.perturbation import Perturbation
+from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.release.adapter import ADAPTER_CONFIG_NAME
 from peft_dpzero.release.card import CARD_NAME
 from peft_dpzero.release.digests import ADAPTER_NAME, file_digest, files_digest, is_model_file, parameters_digest
@@ -63,7 +63,7 @@ def copy_evidence(journal: Journal, folder: Path) -> None:
             shutil.copyfile(source, folder / name)
 
 
-def sealed(
+def with_digests(
     record: dict[str, Any], folder: Path, journal: Journal, perturbation: Perturbation, step: int | None = None
 ) -> dict[str, Any]:
     """`record` with the hashes that bind it to a journal, to the weights and to the other files of the release.

@@ -141,7 +141,7 @@ def _statement(record: dict[str, Any]) -> list[str]:
     return [
         f"Training satisfies **{budget}-differential privacy** for {protected}.",
         "",
-        f"Neighbouring data sets are {neighbors} (`{record['neighboring']}`). "
+        f"Neighboring data sets are {neighbors} (`{record['neighboring']}`). "
         "For any two of them and any set of outcomes, the probabilities of that set differ by a factor of at most "
         f"{_factor(record['epsilon'])}{slack}. {whose}",
         "",

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.perturbation import Perturbation
+from peft_dpzero.perturbation.perturbation import Perturbation
 
 ADAPTER_NAME = "adapter_model.safetensors"
 _PIECE = 1 << 20

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from peft_dpzero.release.base import load_start_model
+from peft_dpzero.release.base_model import load_start_model
 from peft_dpzero.release.header import FORMAT_VERSION
 from peft_dpzero.release.journal import JOURNAL_NAME, JournalContent, JournalSegment, read_journal
 from peft_dpzero.release.ledger import record_of

@@ -10,7 +10,7 @@ from typing import Any
 from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.mechanism.accountant import Segment
 from peft_dpzero.mechanism.plan import PrivacyPlan
-from peft_dpzero.perturbation import Perturbation
+from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.release.adapter import adapter_header
 from peft_dpzero.release.digests import parameters_digest
 from peft_dpzero.release.frozen import frozen_header

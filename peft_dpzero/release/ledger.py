@@ -9,7 +9,7 @@ from peft_dpzero.mechanism.plan import PrivacyPlan
 from peft_dpzero.release.header import releases, segment_config
 from peft_dpzero.release.journal import JournalSegment
 from peft_dpzero.release.record import privacy_record
-from peft_dpzero.release.replay import interpreted
+from peft_dpzero.release.replay import replayed_releases
 
 
 def plan_of(segments: Sequence[JournalSegment]) -> PrivacyPlan:
@@ -29,6 +29,6 @@ def plan_of(segments: Sequence[JournalSegment]) -> PrivacyPlan:
 
 def record_of(segments: Sequence[JournalSegment]) -> dict[str, Any]:
     """The privacy record of all that `segments` released."""
-    made = [entry.released for entry in interpreted(segments)]
+    made = [entry.released for entry in replayed_releases(segments)]
     losses = {released.step + 1: released.loss for released in made if released.loss is not None}
     return privacy_record(plan_of(segments), len(made), losses)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peft_dpzero.mechanism.private_sum import Released
-from peft_dpzero.perturbation import Perturbation, add_shift
+from peft_dpzero.perturbation.perturbation import Perturbation, add_shift
 
 
 class DPZeroOptimizer(torch.optim.Optimizer):

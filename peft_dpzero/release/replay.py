@@ -12,7 +12,7 @@ from torch import nn
 
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.mechanism.private_sum import PrivateSum, Released
-from peft_dpzero.perturbation import Perturbation
+from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.release.header import READABLE_VERSIONS, segment_config
 from peft_dpzero.release.journal import JOURNAL_NAME, JournalSegment, read_journal
 from peft_dpzero.release.optimizer import DPZeroOptimizer
@@ -27,7 +27,7 @@ class Replayed:
     learning_rates: tuple[float, ...]
 
 
-def interpreted(segments: Sequence[JournalSegment], mechanism: PrivateSum | None = None) -> list[Replayed]:
+def replayed_releases(segments: Sequence[JournalSegment], mechanism: PrivateSum | None = None) -> list[Replayed]:
     """Every entry of a journal as the step that made it gave it to the optimizer.
 
     Args:
@@ -75,7 +75,7 @@ def replay_journal(model: nn.Module, journal: str | Path, steps: int | None = No
         raise DPZeroError("The model's trainable parameters are in another order than in training.")
     load_start(perturbation, path.parent, header["start"])
     optimizer = _optimizer(perturbation, header["optimizer"])
-    for replayed in interpreted(segments)[:steps]:
+    for replayed in replayed_releases(segments)[:steps]:
         optimizer.load(replayed.released, perturbation, replayed.learning_rates)
         optimizer.step()
     return model

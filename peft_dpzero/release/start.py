@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.perturbation import Perturbation
+from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.release.digests import parameters_digest
 
 START_NAME = "dpzero_start.safetensors"

@@ -13,7 +13,7 @@ from torch import nn
 
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.mechanism.contribution import Contributions
-from peft_dpzero.perturbation import Perturbation
+from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.release import claims
 from peft_dpzero.release.bundle import fetch_release, is_hashed, is_tolerated
 from peft_dpzero.release.digests import (

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft_dpzero import DPZeroError, LogicalBatches, PoissonSampler, Shapes, new_secret
-from peft_dpzero.estimation.batching import step_loader
 from peft_dpzero.estimation.sampling import seeded_secret
+from peft_dpzero.training.pacing import step_loader
 
 from tiny import drawn_values
 

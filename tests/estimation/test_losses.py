@@ -24,8 +24,8 @@ from peft_dpzero import (
 )
 from peft_dpzero.estimation.batching import LogicalBatch
 from peft_dpzero.estimation.differences import estimate_differences
-from peft_dpzero.estimation.logits import FullLogits
 from peft_dpzero.estimation.shapes import may_have_company
+from peft_dpzero.estimation.shortcuts.label_logits import FullLogits
 from peft_dpzero.mechanism.private_sum import PrivateSum
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor

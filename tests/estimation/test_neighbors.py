@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from peft_dpzero import DPZeroError, Task, infer_task
-from peft_dpzero.estimation.losses import ClassificationTask, FunctionTask, TokenTask
+from peft_dpzero.estimation.tasks import ClassificationTask, FunctionTask, TokenTask
 from torch import Tensor, nn
 from transformers import BertModel
 
+from tiny import SwitchLayer
 from zoo.architectures import BY_NAME, build, untuned
 from zoo.neighbors import (
     POISON,
@@ -195,25 +196,6 @@ def test_modules_that_mix_positions_before_the_head_keep_their_losses(case: str)
 # ---- Many rows ----
 
 
-class SwitchLayer(nn.Module):
-    """Two experts, each of which serves the first tokens of a batch up to a capacity."""
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()
-        self.router = nn.Linear(16, 2)
-        self.experts = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
-        self.capacity = capacity
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        tokens = hidden.flatten(0, -2)
-        chosen = self.router(tokens).argmax(-1)
-        served = torch.zeros_like(tokens)
-        for index, expert in enumerate(self.experts):
-            own = (chosen == index).nonzero().flatten()[: self.capacity]
-            served[own] = expert(tokens[own])
-        return served.view_as(hidden)
-
-
 def test_experts_whose_capacity_only_many_rows_fill_drop_nothing() -> None:
     model = tuned("classifier", "bert.encoder.layer.0.output.dropout", SwitchLayer(capacity=150))
     rows = rows_with("classifier", [40] * 12, stranger=40)
@@ -245,19 +227,19 @@ def test_a_trunk_that_is_called_once_a_chunk_gives_each_chunk_its_own() -> None:
 # ---- The user's own losses ----
 
 
-def normalised(outputs: Any, labels: Tensor) -> Tensor:
+def normalized(outputs: Any, labels: Tensor) -> Tensor:
     losses = F.cross_entropy(outputs.logits.float(), labels, reduction="none")
     return losses / (losses.mean() + 1e-6)
 
 
-def test_a_loss_that_is_normalised_over_the_batch_is_found_in_half_precision() -> None:
+def test_a_loss_that_is_normalized_over_the_batch_is_found_in_half_precision() -> None:
     model = build(BY_NAME["BERT"], torch.bfloat16)
     rows = rows_with("classifier", [8] * 6, stranger=8)
-    assert_strangers(when_one_joins(model, FunctionTask(normalised), rows, micro_batch_size=8))
+    assert_strangers(when_one_joins(model, FunctionTask(normalized), rows, micro_batch_size=8))
 
 
 class Weighted(ClassificationTask):
-    """Losses by a column of weights, which are normalised over the batch."""
+    """Losses by a column of weights, which are normalized over the batch."""
 
     def inputs(self, batch: Any) -> dict[str, Any]:
         return {key: value for key, value in super().inputs(batch).items() if key != "weight"}
@@ -266,7 +248,7 @@ class Weighted(ClassificationTask):
         return super().losses(outputs, batch) * batch["weight"] / batch["weight"].mean()
 
 
-def test_weights_that_are_normalised_over_the_batch_are_found() -> None:
+def test_weights_that_are_normalized_over_the_batch_are_found() -> None:
     model = build(BY_NAME["BERT"])
     rows = rows_with("classifier", [8] * 6, stranger=8)
     rows = {key: one | {"weight": 1.0 + number} for number, (key, one) in enumerate(rows.items())}

@@ -7,20 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import IA3Config, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from peft_dpzero import Losses, Perturbation, Probe, Task, TokenTask, Verbalizer, infer_task
 from peft_dpzero.estimation.differences import losses_at
-from peft_dpzero.estimation.logits import OutputHead
-from peft_dpzero.estimation.passes import Shortcuts
+from peft_dpzero.estimation.losses import Shortcuts
+from peft_dpzero.estimation.shortcuts.label_logits import OutputHead
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tiny import VOCABULARY, tiny_model
+from tiny import VOCABULARY, tiny_lora, tiny_model
 
 CPU = torch.device("cpu")
 POINTS = [(0, 1e-2), (0, -1e-2), (1, 1e-2), (2, 0.0)]
-TARGETS = {"classifier": ["query", "value"], "causal_lm": ["q_proj", "v_proj"], "masked_lm": ["query"]}
-TASKS = {"classifier": "SEQ_CLS", "causal_lm": "CAUSAL_LM", "masked_lm": None}
 
 
 class Words:
@@ -32,24 +30,15 @@ class Words:
         return {"input_ids": [10 + ord(letter) % 40 for letter in word]}
 
 
-def lora(kind: str, **changes: Any) -> Any:
-    settings = {"task_type": TASKS[kind], "r": 2, "target_modules": TARGETS[kind], "init_lora_weights": False}
-    return get_peft_model(tiny_model(kind), LoraConfig(**(settings | changes)))
-
-
-def full(kind: str) -> Any:
-    return tiny_model(kind)
-
-
 MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
-    "LoRA": ("classifier", lambda: lora("classifier")),
-    "LoRA on the last layer": ("classifier", lambda: lora("classifier", layers_to_transform=[1])),
-    "LoRA and head": ("classifier", lambda: lora("classifier", modules_to_save=["classifier"])),
-    "full classifier": ("classifier", lambda: full("classifier")),
-    "causal LM": ("causal_lm", lambda: lora("causal_lm")),
-    "causal LM, head in LoRA": ("causal_lm", lambda: lora("causal_lm", target_modules=["q_proj", "lm_head"])),
-    "full causal LM": ("causal_lm", lambda: full("causal_lm")),
-    "masked LM": ("masked_lm", lambda: lora("masked_lm")),
+    "LoRA": ("classifier", lambda: tiny_lora("classifier")),
+    "LoRA on the last layer": ("classifier", lambda: tiny_lora("classifier", layers_to_transform=[1])),
+    "LoRA and head": ("classifier", lambda: tiny_lora("classifier", modules_to_save=["classifier"])),
+    "full classifier": ("classifier", lambda: tiny_model("classifier")),
+    "causal LM": ("causal_lm", lambda: tiny_lora("causal_lm")),
+    "causal LM, head in LoRA": ("causal_lm", lambda: tiny_lora("causal_lm", target_modules=["q_proj", "lm_head"])),
+    "full causal LM": ("causal_lm", lambda: tiny_model("causal_lm")),
+    "masked LM": ("masked_lm", lambda: tiny_lora("masked_lm")),
     "IA3": (
         "causal_lm",
         lambda: get_peft_model(
@@ -101,21 +90,21 @@ def test_the_probes_choice_gives_the_plain_losses(name: str) -> None:
         plain = at_all(Losses(model, task, dict), one, model)
         assert plain.shape == (len(POINTS), len(one["input_ids"]))
         torch.testing.assert_close(at_all(chosen, one, model), plain, rtol=1e-5, atol=1e-6)
-    assert (chosen.points_at_once(one) > 1) == chosen.shortcuts.stacks
-    assert chosen.shortcuts.stacks or name in ("prefix", "prompt")
-    assert (chosen.shortcuts.head is not None) == (kind != "classifier")
+    assert (chosen.points_at_once(one) > 1) == chosen.shortcuts.stacked
+    assert chosen.shortcuts.stacked or name in ("prefix", "prompt")
+    assert (chosen.shortcuts.label_logits is not None) == (kind != "classifier")
 
 
 @pytest.mark.parametrize("words", [["a", "b"], ["ab", "cde", "f"]])
 @pytest.mark.parametrize("kind", ["causal_lm", "masked_lm"])
 def test_label_words_are_projected_alone(kind: str, words: list[str]) -> None:
-    model = lora(kind).eval()
+    model = tiny_lora(kind).eval()
     task = Verbalizer(Words(), words, causal=kind == "causal_lm")
     one = batch(kind) | {"labels": torch.tensor([0, 1, 1])}
     one["input_ids"][:, 1 : 1 + task.longest] = Words.mask_token_id
     plain = at_all(Losses(model, task, dict), one, model)
-    for stacks in (False, True):
-        chosen = Losses(model, task, dict, Shortcuts(head=OutputHead.of(model), stacks=stacks))
+    for stacked in (False, True):
+        chosen = Losses(model, task, dict, Shortcuts(label_logits=OutputHead.of(model), stacked=stacked))
         torch.testing.assert_close(at_all(chosen, one, model), plain, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(at_all(chosen, lone(one), model), plain[:, 1:2], rtol=1e-5, atol=1e-6)
 
@@ -134,14 +123,14 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_logits_are_made_where_there_are_no_labels() -> None:
-    model = lora("causal_lm").eval()
+    model = tiny_lora("causal_lm").eval()
     one = lone(batch("causal_lm", length=12))
     one["labels"].fill_(-100)
     one["labels"][:, 5] = 7
     with Largest() as everywhere:
         Losses(model, TokenTask(1), dict)(one)
     with Largest() as at_labels:
-        Losses(model, TokenTask(1), dict, Shortcuts(head=OutputHead.of(model)))(one)
+        Losses(model, TokenTask(1), dict, Shortcuts(label_logits=OutputHead.of(model)))(one)
     assert (everywhere.entries, at_labels.entries) == (12 * VOCABULARY, VOCABULARY)
 
 
@@ -156,7 +145,7 @@ def test_a_head_that_does_more_than_project_falls_back() -> None:
 
     model.forward = capped
     chosen = Probe(model, CPU, task=TokenTask(1)).losses(Perturbation(model), dict)
-    assert chosen.shortcuts.head is None
+    assert chosen.shortcuts.label_logits is None
     torch.testing.assert_close(
         at_all(chosen, batch("causal_lm"), model),
         at_all(Losses(model, TokenTask(1), dict), batch("causal_lm"), model),
@@ -171,7 +160,7 @@ def test_a_users_own_losses_are_read_from_whole_outputs() -> None:
     model = tiny_model("causal_lm")
     losses: Task = Own(1)
     chosen = Probe(model, CPU, task=losses).losses(Perturbation(model), dict)
-    assert chosen.shortcuts.head is None
+    assert chosen.shortcuts.label_logits is None
     assert at_all(chosen, batch("causal_lm"), model).shape == (len(POINTS), 3)
 
 

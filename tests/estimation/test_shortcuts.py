@@ -9,15 +9,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft_dpzero import Losses, Perturbation, Probe, TokenTask, infer_task
 from peft_dpzero.estimation.differences import losses_at
-from peft_dpzero.estimation.merging import MergedLora
-from peft_dpzero.estimation.narrowing import NarrowedLayers
-from peft_dpzero.estimation.passes import Shortcuts
-from test_passes import CPU, POINTS, TARGETS, full, lora
+from peft_dpzero.estimation.losses import Shortcuts
+from peft_dpzero.estimation.shortcuts.merged_lora import MergedLora
+from peft_dpzero.estimation.shortcuts.read_positions import NarrowedLayers
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tiny import VOCABULARY, tiny_model
+from tiny import LORA_TARGETS, VOCABULARY, tiny_lora, tiny_model
 
+CPU = torch.device("cpu")
+POINTS = [(0, 1e-2), (0, -1e-2), (1, 1e-2), (2, 0.0)]
 UPPER = {
     "classifier": {"output.LayerNorm", "output.dense", "intermediate_act_fn", "intermediate.dense", "query"},
     "causal_lm": {"norm", "down_proj", "up_proj", "gate_proj", "act_fn", "o_proj", "q_proj"},
@@ -51,9 +52,9 @@ def rows_of(lengths: list[int], left: bool = False, seed: int = 0) -> dict[str, 
 
 
 @pytest.mark.parametrize("changes", [{}, {"target_modules": "all-linear"}, {"use_rslora": True}])
-@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("kind", LORA_TARGETS)
 def test_merged_lora_gives_the_plain_losses_and_writes_no_weight(kind: str, changes: dict[str, Any]) -> None:
-    model = lora(kind, **changes).eval()
+    model = tiny_lora(kind, **changes).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     one, task = rows_of([7, 3, 5]), infer_task(model)
     if kind == "classifier":
@@ -61,7 +62,7 @@ def test_merged_lora_gives_the_plain_losses_and_writes_no_weight(kind: str, chan
     merged = MergedLora(model, always=True)
     assert merged.layers
     plain = at_points(model, task, one)
-    torch.testing.assert_close(at_points(model, task, one, Shortcuts(lora=merged)), plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(at_points(model, task, one, Shortcuts(merged_lora=merged)), plain, rtol=1e-5, atol=1e-6)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any("forward" in vars(module) for module in model.modules())
 
@@ -74,19 +75,19 @@ def test_merged_lora_takes_weights_that_are_stored_transposed() -> None:
     one, task, merged = rows_of([7, 3, 5]), infer_task(model), MergedLora(model, always=True)
     assert len(merged.layers) == 6
     plain = at_points(model, task, one)
-    torch.testing.assert_close(at_points(model, task, one, Shortcuts(lora=merged)), plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(at_points(model, task, one, Shortcuts(merged_lora=merged)), plain, rtol=1e-5, atol=1e-5)
 
 
 def test_adapters_that_are_more_than_a_product_stay_apart() -> None:
-    assert not MergedLora(lora("causal_lm", use_dora=True)).layers
-    assert not MergedLora(lora("causal_lm").to(torch.bfloat16)).layers
-    assert not MergedLora(full("causal_lm")).layers
-    assert MergedLora(lora("causal_lm").to(torch.float64)).layers
+    assert not MergedLora(tiny_lora("causal_lm", use_dora=True)).layers
+    assert not MergedLora(tiny_lora("causal_lm").to(torch.bfloat16)).layers
+    assert not MergedLora(tiny_model("causal_lm")).layers
+    assert MergedLora(tiny_lora("causal_lm").to(torch.float64)).layers
 
 
 def test_the_active_adapters_are_merged_and_a_disabled_one_is_not() -> None:
-    model = lora("causal_lm").eval()
-    model.add_adapter("second", LoraConfig(r=3, target_modules=TARGETS["causal_lm"], init_lora_weights=False))
+    model = tiny_lora("causal_lm").eval()
+    model.add_adapter("second", LoraConfig(r=3, target_modules=LORA_TARGETS["causal_lm"], init_lora_weights=False))
     one, merged = rows_of([7, 3]), MergedLora(model, always=True)
     for adapters in (["default"], ["second"], ["default", "second"]):
         model.base_model.set_adapter(adapters)
@@ -102,11 +103,11 @@ def test_the_active_adapters_are_merged_and_a_disabled_one_is_not() -> None:
 # ---- The last layers, at what is read ----
 
 
-@pytest.mark.parametrize("build", [lora, full])
-@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("build", [tiny_lora, tiny_model])
+@pytest.mark.parametrize("kind", LORA_TARGETS)
 def test_the_last_layers_are_found_to_the_last_attention_and_no_further(kind: str, build: Any) -> None:
     model = build(kind).eval()
-    last = chosen(model).last
+    last = chosen(model).read_positions
     assert last is not None
     names = {module: name for name, module in model.named_modules()}
     found = [names[module] for module in last.modules]
@@ -123,19 +124,19 @@ def test_a_head_that_pools_over_all_tokens_is_not_narrowed() -> None:
 
     model = tiny_model("classifier").eval()
     model.bert.pooler = MeanPooler()
-    assert chosen(model).last is None
+    assert chosen(model).read_positions is None
 
 
 def test_narrowed_layers_leave_out_what_is_not_read() -> None:
-    model = lora("causal_lm").eval()
-    last = chosen(model).last
+    model = tiny_lora("causal_lm").eval()
+    last = chosen(model).read_positions
     assert last is not None
     one = rows_of([9])
     one["labels"][:, :-2] = -100
     outputs: list[Tensor] = []
     layer = model.get_base_model().model.layers[1].mlp.down_proj
     layer.register_forward_hook(lambda module, args, output: outputs.append(output))
-    Losses(model, TokenTask(1), dict, Shortcuts(last=last))(one)
+    Losses(model, TokenTask(1), dict, Shortcuts(read_positions=last))(one)
     read = torch.zeros(1, 9, dtype=torch.bool)
     read[0, 6:8] = True
     assert torch.equal(outputs[0].abs().sum(dim=2) != 0, read)
@@ -166,5 +167,5 @@ def test_modules_of_unknown_types_are_not_narrowed() -> None:
 
     model = tiny_model("classifier").eval()
     model.bert.encoder.layer[1].output.dense = Shift(32, 16)
-    last = chosen(model).last
+    last = chosen(model).read_positions
     assert last is None or not any(isinstance(module, Shift) for module in last.modules)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft_dpzero import DPZeroConfig, DPZeroError, make_plan
-from peft_dpzero.mechanism.clipping import SENSITIVITY, clip, normalised
+from peft_dpzero.mechanism.clipping import SENSITIVITY, clip, normalized
 from peft_dpzero.mechanism.contribution import COUNT_SHARE, LOSS_SHARE, Contributions
 from peft_dpzero.mechanism.private_sum import PrivateDifferences, PrivateSum
 
@@ -107,12 +107,12 @@ def test_the_count_has_its_share() -> None:
 
 def test_automatic_clipping_gives_every_unit_nearly_the_same_norm() -> None:
     rows = torch.randn(100, 4, dtype=torch.float64) * torch.logspace(0, 6, 100, dtype=torch.float64)[:, None]
-    units = normalised(rows, 3.0)
+    units = normalized(rows, 3.0)
     norms = units.norm(dim=1)
     assert bool((norms < 1.0).all())
     assert float(norms[50:].min()) > 0.99
     torch.testing.assert_close(units / norms[:, None], clip(rows, 1e-9) / 1e-9, rtol=1e-9, atol=0)
-    assert bool((normalised(torch.zeros(1, 4, dtype=torch.float64), 3.0) == 0).all())
+    assert bool((normalized(torch.zeros(1, 4, dtype=torch.float64), 3.0) == 0).all())
 
 
 def test_a_private_loss_costs_no_more_than_the_plan() -> None:

@@ -9,18 +9,20 @@ from typing import Any
 import detectors
 import numpy as np
 import peft_dpzero.mechanism.private_sum as private_sum
-import peft_dpzero.trainer as trainer
+import peft_dpzero.training.trainer as trainer
 import pytest
 import torch
 from peft_dpzero.estimation.batching import LogicalBatches
 from peft_dpzero.estimation.sampling import PoissonSampler, seeded_secret
 from peft_dpzero.mechanism.accountant import Accountant, Segment
-from peft_dpzero.mechanism.clipping import SENSITIVITY, clip_to_grid
+from peft_dpzero.mechanism.clipping import SENSITIVITY
 from peft_dpzero.mechanism.contribution import Contributions
 from peft_dpzero.mechanism.noise import ExactNoise, SeededNoise
 from peft_dpzero.mechanism.private_sum import PrivateDifferences, PrivateSum
 from peft_dpzero.release.optimizer import DPZeroOptimizer
 from torch import Tensor
+
+from tiny import clip_to_grid
 
 Patch = pytest.MonkeyPatch
 Detector = Callable[[], None]

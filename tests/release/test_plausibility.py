@@ -22,7 +22,7 @@ from peft_dpzero import (
     save_card,
     save_record,
     save_start,
-    sealed,
+    with_digests,
 )
 from peft_dpzero.mechanism.clipping import SENSITIVITY
 from peft_dpzero.release.journal import JournalEntry, JournalSegment
@@ -153,7 +153,7 @@ def forged(folder: Path, rate: float | None = None) -> float:
     model.save_pretrained(release)
     config.save_pretrained(release)
     record = privacy_record(plan, 1)
-    save_record(sealed(record, release, journal, perturbation), release)
+    save_record(with_digests(record, release, journal, perturbation), release)
     save_card(record, release, None, "peft")
     return size / rate
 

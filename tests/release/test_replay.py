@@ -83,7 +83,7 @@ def test_the_command_line_rebuilds_a_release_in_a_new_process(tmp_path: Path) ->
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "journal").iterdir()}
     assert set(sizes) == {"README.md", "config.json", "dpzero_config.json", "dpzero_journal", "privacy_record.json"}
     assert sum(sizes.values()) < 20_000
-    command = [sys.executable, "-m", "peft_dpzero.cli", "replay"]
+    command = [sys.executable, "-m", "peft_dpzero.cli.app", "replay"]
     paths = [str(tmp_path / name) for name in ("base", "journal", "made")]
     done = subprocess.run([*command, *paths], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

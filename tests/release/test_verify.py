@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from peft_dpzero import DPZeroConfig, DPZeroTrainer, verify
-from peft_dpzero.cli import run as command_line
+from peft_dpzero.cli.app import run as command_line
 from peft_dpzero.release.frozen import frozen_header
 from peft_dpzero.release.header import in_version
 from safetensors.torch import load_file, save_file

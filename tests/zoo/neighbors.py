@@ -1,4 +1,4 @@
-"""Whether a row's contribution depends on the other rows: neighbouring lists of rows, compared bit for bit.
+"""Whether a row's contribution depends on the other rows: neighboring lists of rows, compared bit for bit.
 
 `prepared` is the only place that knows how the package turns rows into contributions.
 """
@@ -186,7 +186,7 @@ class Finding:
 
     Attributes:
         outcome: "equal", "differs" or "refused".
-        detail: the neighbour that changes most, or the refusal.
+        detail: the neighbor that changes most, or the refusal.
         rows: how many other rows changed.
         largest: the largest change of one, over C.
         total: the change of their sum, over C.
@@ -226,7 +226,7 @@ def differences(
     poisons: bool = False,
     **settings: Any,
 ) -> Finding:
-    """Compares the contributions of rows that two lists share, for `base` and each neighbour.
+    """Compares the contributions of rows that two lists share, for `base` and each neighbor.
 
     Args:
         model: in eval mode.
@@ -237,7 +237,7 @@ def differences(
         poisons: gives the token `POISON` an embedding of NaN once the model has been accepted.
         settings: those of `prepared`.
 
-    A `DPZeroError` that only a neighbour raises is no refusal, and goes through.
+    A `DPZeroError` that only a neighbor raises is no refusal, and goes through.
     """
     with _widest_pass(model) as widths:
         try:

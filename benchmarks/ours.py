@@ -1,0 +1,100 @@
+"""Our step, built from the public API as a user's own loop builds it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from peft_dpzero import (
+    DPZeroConfig,
+    DPZeroOptimizer,
+    LogicalBatches,
+    Losses,
+    Perturbation,
+    PoissonSampler,
+    PrivateStep,
+    Probe,
+    Shapes,
+    make_plan,
+)
+from peft_dpzero.estimation.losses import PLAIN
+
+from workloads import Row, Workload
+
+STEPS = 100_000
+
+
+class Batches:
+    """Which rows a step reads: a Poisson sample under a key that is known, so that all contenders get the same ones."""
+
+    def __init__(self, workload: Workload, key: bytes = b"benchmark") -> None:
+        self.workload = workload
+        self.rows = workload.rows
+        self.sampler = PoissonSampler(len(workload.rows), workload.batch_size / len(workload.rows), key)
+
+    def __call__(self, step: int) -> list[Row]:
+        return [self.rows[i] for i in self.sampler.draw(step)]
+
+    def logical(self, shapes: Shapes) -> LogicalBatches:
+        """The same rows in micro-batches."""
+        return LogicalBatches(self.rows, self.sampler, self.workload.collate, shapes)
+
+
+class Ours:
+    """`PrivateStep` and the optimizer's update: sampling, directions, passes, clipping, noise and all.
+
+    Args:
+        workload: what is trained.
+        num_directions: K.
+        without: a field of `Shortcuts` that is switched off.
+        settings: further fields of `DPZeroConfig`.
+    """
+
+    def __init__(self, workload: Workload, num_directions: int, without: str | None = None, **settings: Any) -> None:
+        config = DPZeroConfig(
+            noise_multiplier=1.0, target_delta=1e-5, num_directions=num_directions, clipping_threshold=200.0, **settings
+        )
+        plan = make_plan(config, len(workload.rows), workload.batch_size, STEPS)
+        perturbation = Perturbation(workload.model, config.direction_seed, config.direction_distribution)
+        self.optimizer = DPZeroOptimizer(perturbation.parameters.values(), lr=1e-6)
+        device = next(workload.model.parameters()).device
+        workload.model.eval()
+        probe = Probe(workload.model, device, task=workload.task)
+        shapes = probe.fit_shapes(perturbation, Shapes(workload.batch_size, workload.micro_batch_size))
+        assert probe.reason is None, probe.reason
+        losses = probe.losses(perturbation, partial(send_to_device, device=device))
+        self.shortcuts = losses.shortcuts
+        if without is not None:
+            off = replace(self.shortcuts, **{without: getattr(PLAIN, without)})
+            losses = Losses(workload.model, workload.task, losses.place, off)
+        batches = Batches(workload).logical(probe.tried_shapes(perturbation, losses, shapes, config))
+        self._new_step = partial(
+            PrivateStep,
+            workload.model,
+            plan,
+            batches=batches,
+            losses=losses,
+            perturbation=perturbation,
+            optimizer=self.optimizer,
+        )
+        self.step = self._new_step()
+
+    def prepare(self, number: int, rows: list[Row]) -> None:
+        """A run of its own: within one, a step releases once, and it is measured many times."""
+        self.step = self._new_step()
+
+    def __call__(self, number: int, rows: list[Row]) -> None:
+        self.step(number)
+        self.optimizer.step()
+
+
+def no_grad_evaluation(workload: Workload, rows: list[Row]) -> None:
+    """What the Trainer's evaluation would run: padded micro-batches of rows sorted by length, losses and all."""
+    ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
+    with torch.no_grad():
+        for start in range(0, len(ordered), workload.micro_batch_size):
+            batch = workload.collate(ordered[start : start + workload.micro_batch_size])
+            workload.task.losses(workload.model(**workload.task.inputs(batch)), batch)

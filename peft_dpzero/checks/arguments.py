@@ -1,0 +1,150 @@
+"""What is refused before any data is read."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.data import IterableDataset
+
+from peft_dpzero.errors import DPZeroError
+
+# (argument of TrainingArguments, is it set?, why it is refused and what to do)
+_REFUSED_ARGUMENTS: Sequence[tuple[str, Callable[[Any], bool], str]] = (
+    ("deepspeed", bool, "DeepSpeed shards the parameters that are perturbed: use accelerate launch without it."),
+    ("fsdp", bool, "FSDP shards the parameters that are perturbed: use accelerate launch without it."),
+    ("fp16", bool, "its gradient scaler needs a backward pass: use bf16=True or float32."),
+    ("neftune_noise_alpha", lambda v: v is not None, "NEFTune adds noise of its own to every forward pass."),
+    ("auto_find_batch_size", bool, "a restart would repeat releases unaccounted: set the batch size yourself."),
+    ("torch_empty_cache_steps", lambda v: v is not None, "it serves the backward pass, and there is none."),
+    ("label_smoothing_factor", bool, "per-example losses do not apply it: pass per_example_loss with it inside."),
+    (
+        "include_num_input_tokens_seen",
+        lambda v: v not in (False, None, "no"),
+        "the number of sampled tokens is private.",
+    ),
+    (
+        "train_sampling_strategy",
+        lambda v: v not in (None, "random"),
+        "examples must be sampled independently: leave it at 'random'.",
+    ),
+    ("group_by_length", bool, "examples must be sampled independently: turn it off."),
+    ("packing", bool, "packed rows mix examples, so that no single one can be clipped: turn it off."),
+    ("padding_free", bool, "flattened rows mix examples, so that no single one can be clipped: turn it off."),
+    (
+        "hub_strategy",
+        lambda v: getattr(v, "value", v) in ("checkpoint", "all_checkpoints"),
+        "checkpoints hold more than the release: use 'end' or 'every_save'.",
+    ),
+)
+
+
+def check_arguments(args: Any) -> None:
+    """Refuses training arguments that break the sensitivity or leak.
+
+    Raises:
+        DPZeroError: names the argument, the reason and the way out.
+    """
+    for name, is_set, reason in _REFUSED_ARGUMENTS:
+        if is_set(getattr(args, name, None)):
+            raise DPZeroError(f"{name}={getattr(args, name)!r} cannot be used with DPZero: {reason}")
+
+
+def forward_only(args: Any) -> Any:
+    """A copy of the training arguments `args` without what serves a backward pass or measures private data."""
+    args = copy.copy(args)
+    # One item of the loop is one logical batch, and there are no gradients to clip.
+    args.gradient_accumulation_steps = 1
+    args.max_grad_norm = 0.0
+    # transformers has renamed it, and keeps both.
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        if getattr(args, name, False):
+            warnings.warn(f"{name} is switched off: there is no backward pass.", stacklevel=3)
+            setattr(args, name, False)
+    if not args.skip_memory_metrics:
+        warnings.warn("No memory metrics: what a step takes tells of its longest example.", stacklevel=3)
+        args.skip_memory_metrics = True
+    return args
+
+
+def stop_checkpointing(model: Any) -> None:
+    """Switches off what `model` does for a backward pass: checkpointing, and embeddings that require gradients."""
+    name = "activation" if hasattr(model, "activation_checkpointing_disable") else "gradient"
+    if getattr(model, f"is_{name}_checkpointing", False):
+        getattr(model, f"{name}_checkpointing_disable")()
+    if getattr(model, "_require_grads_hooks", None):
+        model.disable_input_require_grads()
+
+
+def check_dataset(dataset: Any) -> None:
+    """Refuses data that cannot be Poisson-sampled.
+
+    Raises:
+        DPZeroError: no data set, an iterable one, or an empty one.
+    """
+    if dataset is None:
+        raise DPZeroError("train_dataset is missing: DPZero trains on a map-style data set.")
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise DPZeroError(
+            "train_dataset is iterable or streaming: Poisson sampling needs random access. Load it in full, for "
+            "example with datasets.Dataset.from_generator."
+        )
+    if len(dataset) == 0:
+        raise DPZeroError("train_dataset is empty: there is nothing to train on.")
+
+
+def check_collator(collator: Any) -> None:
+    """Refuses collators that join examples.
+
+    Raises:
+        DPZeroError: the collator flattens or packs.
+    """
+    flattens = any(kind.__name__ == "DataCollatorWithFlattening" for kind in type(collator).__mro__)
+    if flattens or getattr(collator, "padding_free", False) is True:
+        raise DPZeroError(
+            f"{type(collator).__name__} joins examples into one row, so that no single one can be clipped: use a "
+            "padding collator."
+        )
+
+
+def check_columns(dataset: Any, label_names: Sequence[str]) -> None:
+    """Refuses a data set whose column names show that it has no labels.
+
+    Raises:
+        DPZeroError: names the columns.
+    """
+    columns = getattr(dataset, "column_names", None)
+    if columns and not set(columns) & {"label", "labels", "label_ids", *label_names}:
+        raise DPZeroError(
+            f"train_dataset has no 'labels' column (it has {', '.join(columns)}). Add one; for a causal LM, a copy of "
+            "input_ids with -100 where no loss is wanted, or a data_collator that makes it."
+        )
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuses models with NaN or infinite weights.
+
+    Raises:
+        DPZeroError: names the parameter.
+    """
+    for name, parameter in model.named_parameters():
+        if not all(map(_is_finite, _parts(parameter.detach()))):
+            raise DPZeroError(f"Parameter {name} holds NaN or infinity: load the model again, or fix its checkpoint.")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return tensor.is_meta or not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def _parts(tensor: Any) -> Iterator[Tensor]:
+    """The plain tensors that a quantized one is made of, or the tensor itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))

@@ -1,0 +1,187 @@
+"""Which shortcuts a model allows: each is tried on made-up tokens and kept if the losses stay the plain pass's."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_dpzero.checks.architectures import reason_to_separate
+from peft_dpzero.estimation.differences import losses_at
+from peft_dpzero.estimation.losses import PLAIN, Losses, MicroBatch, Shortcuts
+from peft_dpzero.estimation.shortcuts.filled_rows import FilledLayers, layers_of_rows
+from peft_dpzero.estimation.shortcuts.label_logits import OutputHead
+from peft_dpzero.estimation.shortcuts.merged_lora import MergedLora
+from peft_dpzero.estimation.shortcuts.read_positions import NarrowedLayers, find_narrowed, last_modules
+from peft_dpzero.estimation.shortcuts.trunk import SharedTrunk
+from peft_dpzero.estimation.tasks import FunctionTask, Task, TokenTask
+from peft_dpzero.estimation.verbalizer import Verbalizer
+from peft_dpzero.perturbation.perturbation import Perturbation, Point
+from peft_dpzero.perturbation.streaming import streamable_parameters
+
+logger = logging.getLogger(__name__)
+
+# How far parameters are moved: enough to show in float32 logits whatever the adapter.
+SCALE = 0.1
+# A smaller share of the model than this is not worth keeping.
+_WORTHWHILE_TRUNK = 0.05
+_POINTS: list[Point] = [(0, SCALE), (1, -SCALE)]
+
+
+class Trials:
+    """Losses of one made-up micro-batch, at two points, with whatever shortcuts.
+
+    Args:
+        model: in eval mode.
+        task: the run's.
+        batch: without labels nothing can be told, and all trials fail.
+        lone: a row by itself, without padding.
+        perturbation: makes the points.
+        tolerance: absolute, of losses.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        batch: MicroBatch,
+        lone: MicroBatch,
+        perturbation: Perturbation,
+        tolerance: float,
+    ) -> None:
+        self.model = model
+        self.task = task
+        self.perturbation = perturbation
+        self._batch = batch
+        self._lone = lone
+        self._tolerance = tolerance
+        # What labels decide is read of rows only that always go alone.
+        self._narrowable = lone if isinstance(task, TokenTask) else batch
+        self._plain = self.losses(PLAIN)
+
+    def losses(
+        self, shortcuts: Shortcuts, points: Sequence[Point] = _POINTS, batch: MicroBatch | None = None
+    ) -> Tensor | None:
+        """(points, b) float64 of the batch, or of another; None if the pass fails."""
+        batch = batch or self._batch
+        if "labels" not in batch:
+            return None
+        losses = Losses(self.model, self.task, dict, shortcuts)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return losses_at(losses, [batch], self.perturbation, 0, points)[0]
+        except Exception as error:
+            logger.info("A faster pass is not used: %s on made-up tokens.", type(error).__name__)
+            return None
+
+    def agree(self, shortcuts: Shortcuts) -> bool:
+        """Whether the losses are the plain pass's."""
+        losses = self.losses(shortcuts)
+        return losses is not None and self._plain is not None and self._near(losses, self._plain)
+
+    def agree_alone(self, shortcuts: Shortcuts) -> bool:
+        """Whether the losses of a row by itself are the plain pass's."""
+        losses, plain = self.losses(shortcuts, batch=self._lone), self.losses(PLAIN, batch=self._lone)
+        return losses is not None and plain is not None and self._near(losses, plain)
+
+    def agree_narrowed(self, shortcuts: Shortcuts, modules: Sequence[nn.Module]) -> bool:
+        """Whether the losses are the plain pass's, whatever `modules` put out where no loss reads.
+
+        Small models hide in a tolerance what large values there change, so that these must not change a bit.
+        """
+        quiet, loud = (
+            self.losses(replace(shortcuts, read_positions=NarrowedLayers(modules, loud)), _POINTS[:1], self._narrowable)
+            for loud in (False, True)
+        )
+        plain = self.losses(PLAIN, _POINTS[:1], self._narrowable)
+        if quiet is None or loud is None or plain is None:
+            return False
+        return torch.equal(quiet, loud) and self._near(quiet, plain)
+
+    def _near(self, losses: Tensor, plain: Tensor) -> bool:
+        return torch.allclose(losses, plain, rtol=1e-4, atol=self._tolerance)
+
+
+def find_shortcuts(trials: Trials, trunk: SharedTrunk | None, run: Callable[[], Any]) -> Shortcuts:
+    """The cheapest passes that give the plain ones' losses.
+
+    Only known architectures are narrowed: what others do with places that no loss reads can depend on a row's length.
+
+    Args:
+        trunk: known to be sharable, or None.
+        run: one forward pass on made-up tokens.
+    """
+    model, found = trials.model, PLAIN
+    reads_labels_only = type(trials.task) in (TokenTask, Verbalizer)
+    if reads_labels_only and (head := OutputHead.of(model)) is not None:
+        found = _with(trials, found, label_logits=head)
+        if found.label_logits is None:
+            logger.info("Logits are made at all positions: this model's head does more than project.")
+    if (lora := MergedLora(model)).layers and trials.agree(replace(found, merged_lora=MergedLora(model, always=True))):
+        found = replace(found, merged_lora=lora)
+    if type(trials.task) is not FunctionTask and reason_to_separate(model, trials.task) is None:
+        head_module = found.label_logits.module if found.label_logits else None
+        tried = [module for module in last_modules(model, run) if module is not head_module]
+        narrowed = find_narrowed(tried, lambda modules: trials.agree_narrowed(found, modules))
+        found = replace(found, read_positions=NarrowedLayers(narrowed) if narrowed else None)
+        if layers := layers_of_rows(model, run):
+            found = _with(trials, found, filled_rows=FilledLayers(layers))
+    if trials.perturbation.most_stacked > 1 and trials.agree_alone(stacked := replace(found, stacked=True)):
+        found = stacked
+    if trunk is None:
+        return found
+    shared = _with(trials, found, trunk=trunk)
+    return shared if shared.trunk else replace(found, trunk=trunk, stacked=False)
+
+
+def _with(trials: Trials, shortcuts: Shortcuts, **more: Any) -> Shortcuts:
+    trial = replace(shortcuts, **more)
+    return trial if trials.agree(trial) else shortcuts
+
+
+@torch.no_grad()
+def find_streamed(perturbation: Perturbation, run: Callable[[], Tensor]) -> frozenset[str]:
+    """The parameters that can be streamed: none if they are few, or if streaming changes `run`'s output.
+
+    Args:
+        run: one forward pass on public, made-up input.
+    """
+    if not perturbation.is_large:
+        return frozenset()
+    plain = run()
+    model = perturbation.model
+    trial = Perturbation(model, streamed=streamable_parameters(model, perturbation.parameters, run))
+    try:
+        # θ + 0·z is θ: only a read outside the owner's call, where the parameter is empty, makes a difference.
+        with trial.at(0, 0, 0.0):
+            output = run()
+    except Exception as error:
+        logger.info("Parameters are perturbed as a whole: %s reads some outside their module.", type(error).__name__)
+        return frozenset()
+    same = output.shape == plain.shape and torch.allclose(output, plain, rtol=1e-5, atol=1e-6)
+    return trial.streamed if same else frozenset()
+
+
+def find_trunk(model: nn.Module, perturbation: Perturbation, run: Callable[[], Tensor]) -> SharedTrunk | None:
+    """The activations that directions can share, or None if there are few or sharing changes the output."""
+    trunk = SharedTrunk(model, run)
+    if trunk.share < _WORTHWHILE_TRUNK:
+        return None
+    with perturbation.at(0, 0, SCALE):
+        plain = run()
+    with trunk.shared() as restart:
+        run()
+        for _ in range(2):
+            restart()
+            with perturbation.at(0, 0, SCALE):
+                shared = run()
+    if not torch.allclose(plain, shared, rtol=1e-5, atol=1e-6):
+        logger.info("Activations are not shared between directions: this model changes them in place.")
+        return None
+    return trunk

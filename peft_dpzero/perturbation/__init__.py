@@ -1,0 +1,1 @@
+"""The model at θ + s·z: public directions, and parameters that are never written."""

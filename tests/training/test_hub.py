@@ -1,0 +1,77 @@
+"""A push to a Hub on loopback, and the adapter loaded back from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+
+import tiny
+from hub_server import HubServer
+
+RELEASE = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "dpzero_config.json",
+    "dpzero_journal",
+    "dpzero_start.safetensors",
+    "privacy_record.json",
+}
+JOURNAL_RELEASE = {
+    "README.md",
+    "config.json",
+    "dpzero_config.json",
+    "dpzero_journal",
+    "generation_config.json",
+    "privacy_record.json",
+}
+
+
+def run(script: str, folder: Path, endpoint: str) -> None:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    hub = {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+    tests = Path(tiny.__file__).parent
+    done = subprocess.run(
+        [sys.executable, str(tests / "processes" / script), str(folder)],
+        env=kept
+        | hub
+        | {"HF_HOME": str(folder / script), "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_pushed_adapter_is_the_release_alone_and_loads_back(tmp_path: Path) -> None:
+    with HubServer() as hub:
+        run("hub_push.py", tmp_path, hub.endpoint)
+        commits = [path for method, path in hub.requests if method == "POST" and "/commit/" in path]
+        assert len(commits) >= 2, "the checkpoints and the end are each pushed"
+        files = hub.files("user/private-adapter")
+        assert set(files) - {".gitattributes"} == RELEASE
+        assert not any(b"hf_secret" in content for content in files.values())
+
+        record = json.loads(files["privacy_record.json"])
+        card = ModelCard(files["README.md"].decode())
+        assert card.data.privacy["epsilon"] == record["epsilon"] > 0
+        assert {"dpzero", "demo"} <= set(card.data.tags)
+        for words in ("differential privacy", "Neighboring data sets", "Not covered", "privacy unit is one example"):
+            assert words in card.text
+        assert str(tmp_path) not in files["README.md"].decode()
+
+        run("hub_load.py", tmp_path, hub.endpoint)
+
+
+def test_a_fully_tuned_model_is_pushed_as_kilobytes_and_rebuilt(tmp_path: Path) -> None:
+    with HubServer() as hub:
+        run("hub_journal.py", tmp_path, hub.endpoint)
+        files = hub.files("user/tuned-model")
+    assert set(files) - {".gitattributes"} == JOURNAL_RELEASE
+    assert sum(map(len, files.values())) < 20_000
+    assert "peft-dpzero replay" in files["README.md"].decode()

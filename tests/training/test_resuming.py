@@ -1,0 +1,230 @@
+"""Runs that die at any instant, and runs that are continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import dp_accounting
+import pytest
+import torch
+from dp_accounting.pld import PLDAccountant
+from peft import LoraConfig, get_peft_model
+from peft_dpzero import (
+    DPZeroConfig,
+    DPZeroError,
+    DPZeroOptimizer,
+    DPZeroTrainer,
+    LogicalBatches,
+    Losses,
+    Perturbation,
+    PoissonSampler,
+    PrivateStep,
+    Shapes,
+    infer_task,
+    make_plan,
+    new_secret,
+    verify,
+)
+from peft_dpzero.mechanism.accountant import Accountant, Segment
+from peft_dpzero.release.journal import read_journal
+from safetensors.torch import load_file
+from transformers import default_data_collator
+
+import killed_runs
+from tiny import arguments, tiny_dataset, tiny_model
+
+KILLS = 30
+
+
+def live_and_die(folder: Path, kills: int, *options: str) -> dict[str, Any]:
+    program = Path(killed_runs.__file__)
+    command = [sys.executable, str(program), str(folder), str(kills), "11", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_thirty_kills_change_nothing(tmp_path: Path) -> None:
+    counts = live_and_die(tmp_path, KILLS)["releases_at_kills"]
+    assert len(counts) == KILLS
+    assert len(set(counts)) > KILLS // 2
+    assert counts[-1] < killed_runs.STEPS
+    whole, killed = ((tmp_path / name / "dpzero_journal").read_bytes() for name in ("whole", "killed"))
+    assert killed == whole
+    steps = [entry.step for entry in read_journal(tmp_path / "killed" / "dpzero_journal").entries]
+    assert steps == list(range(killed_runs.STEPS))
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "killed"))
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_killed_private_runs_release_each_step_once(tmp_path: Path) -> None:
+    live_and_die(tmp_path, 6, "private")
+    folder = tmp_path / "killed"
+    entries = read_journal(folder / "dpzero_journal").entries
+    assert [entry.step for entry in entries] == list(range(killed_runs.STEPS))
+    assert len({entry.values for entry in entries}) == len(entries)
+    plan = make_plan(DPZeroConfig(**killed_runs.OPTIONS), 8, 4, killed_runs.STEPS)
+    assert json.loads((folder / "privacy_record.json").read_text())["epsilon"] == plan.epsilon()
+
+
+def run(folder: Path, steps: int, seed: int = 0, **changes: Any) -> DPZeroTrainer:
+    settings = {key: changes.pop(key) for key in ("save_strategy", "save_steps", "lr_scheduler_type") if key in changes}
+    torch.manual_seed(seed)
+    lora = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
+    return DPZeroTrainer(
+        get_peft_model(tiny_model("classifier"), lora),
+        arguments(folder, max_steps=steps, **settings),
+        train_dataset=tiny_dataset("classifier"),
+        dpzero_config=DPZeroConfig(
+            **({"noise_multiplier": 1.0, "target_delta": 1e-5, "num_directions": 2} | changes),
+        ),
+    )
+
+
+def by_dp_accounting_alone(record: dict[str, Any]) -> float:
+    accountant = PLDAccountant(dp_accounting.NeighboringRelation[record["neighboring"].upper()])
+    for segment in record["segments"]:
+        release = dp_accounting.GaussianDpEvent(segment["noise_multiplier"])
+        sampled = dp_accounting.PoissonSampledDpEvent(segment["sample_rate"], release)
+        accountant.compose(dp_accounting.SelfComposedDpEvent(sampled, segment["steps"]))
+    return float(accountant.get_epsilon(record["delta"]))
+
+
+@pytest.mark.parametrize("saving", [{"save_strategy": "no"}, {"save_strategy": "steps", "save_steps": 2}])
+def test_a_finished_run_is_trained_further(saving: dict[str, Any], tmp_path: Path) -> None:
+    tiny_model("classifier").save_pretrained(tmp_path / "base")
+    first = run(tmp_path / "out", 4, target_epsilon=0.2, noise_multiplier=None, **saving)
+    first.train()
+    more = run(tmp_path / "out", 7, seed=9, target_epsilon=0.4, noise_multiplier=None, **saving)
+    assert more.train(resume_from_checkpoint=True).global_step == 7
+    record = more.privacy_record()
+    assert [segment["steps"] for segment in record["segments"]] == [4, 3]
+    assert (record["steps"], record["noise_multiplier"]) == (7, record["segments"][-1]["noise_multiplier"])
+    assert 0.397 < record["epsilon"] <= 0.4
+    assert record["epsilon"] == pytest.approx(by_dp_accounting_alone(record), abs=1e-3)
+    more.save_model(str(tmp_path / "release"))
+    assert {check.status for check in verify(tmp_path / "release", tmp_path / "base")} == {"ok"}
+    with pytest.raises(DPZeroError, match="raise target_epsilon"):
+        run(tmp_path / "out", 9, target_epsilon=0.4, noise_multiplier=None).train(resume_from_checkpoint=True)
+
+
+def test_a_continued_run_resumes_within_its_segment(tmp_path: Path) -> None:
+    options = {"deterministic": True, "lr_scheduler_type": "constant"}
+    whole = run(tmp_path / "whole", 9, **options)
+    whole.train()
+    for steps in (3, 6, 9):
+        cut = run(tmp_path / "cut", steps, **options)
+        cut.train(resume_from_checkpoint=True)
+        cut = run(tmp_path / "cut", steps, **options)
+        cut.train(resume_from_checkpoint=True)
+    assert [len(segment.entries) for segment in read_journal(tmp_path / "cut" / "dpzero_journal").segments] == [3] * 3
+    ours, theirs = (dict(trainer.model.named_parameters()) for trainer in (whole, cut))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_other_settings_or_fewer_steps_do_not_continue_a_run(tmp_path: Path) -> None:
+    run(tmp_path, 4).train()
+    for steps, changes in ((3, {}), (4, {"num_directions": 3}), (6, {"clipping_threshold": 2.0})):
+        with pytest.raises(DPZeroError, match="other settings"):
+            run(tmp_path, steps, **changes).train(resume_from_checkpoint=True)
+    assert len(read_journal(tmp_path / "dpzero_journal").segments) == 1
+
+
+def test_training_stops_before_the_step_that_would_pass_its_epsilon(tmp_path: Path) -> None:
+    sigma = {"noise_multiplier": 4.0}
+    accountant = Accountant("add_or_remove_one", 1e-5, "gaussian")
+    cap = accountant.epsilon([Segment(4.0, 4 / 64, 23)]) * 1.001
+    capped = run(tmp_path, 40, target_epsilon=cap, **sigma)
+    with pytest.warns(UserWarning, match="would pass target_epsilon"):
+        done = capped.train().global_step
+    spent, one_more = (accountant.epsilon([Segment(4.0, 4 / 64, steps)]) for steps in (done, done + 1))
+    assert done == 23
+    assert spent <= cap < one_more
+    assert capped.privacy_record()["epsilon"] == spent
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        assert run(tmp_path, 40, target_epsilon=cap, **sigma).train(resume_from_checkpoint=True).global_step == done
+    with pytest.raises(DPZeroError, match="Not one step"):
+        run(tmp_path / "none", 40, target_epsilon=0.001, **sigma).train()
+
+
+def test_without_a_checkpoint_a_run_goes_on_from_its_start(tmp_path: Path) -> None:
+    whole = run(tmp_path, 4, deterministic=True)
+    whole.train(resume_from_checkpoint=True)
+    path = tmp_path / "dpzero_journal"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:3]))
+    again = run(tmp_path, 4, seed=123, deterministic=True)
+    again.train(resume_from_checkpoint=True)
+    ours, theirs = (dict(trainer.model.named_parameters()) for trainer in (whole, again))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_ctrl_c_while_a_release_goes_to_disk_forgets_no_epsilon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = run(tmp_path / "out", 6)
+    real = os.fsync
+
+    def interrupted(file: int) -> None:
+        real(file)
+        path = tmp_path / "out" / "dpzero_journal"
+        if path.exists() and path.read_bytes().count(b'"step"') == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    monkeypatch.setattr(os, "fsync", real)
+    assert stopped.state.global_step == 2
+    assert stopped.privacy_record()["steps"] == 3
+    assert stopped.privacy_record()["epsilon"] == stopped.privacy_plan.epsilon(3)
+    stopped.save_model(str(tmp_path / "early"))
+    statuses = {check.name: check.status for check in verify(tmp_path / "early")}
+    assert "FAILED" not in statuses.values()
+    assert stopped.train(resume_from_checkpoint=True).global_step == 6
+    assert [entry.step for entry in read_journal(tmp_path / "out" / "dpzero_journal").entries] == list(range(6))
+
+
+def test_a_step_without_a_journal_releases_once_and_in_order() -> None:
+    model, data = tiny_model("classifier"), tiny_dataset("classifier")
+    plan = make_plan(DPZeroConfig(noise_multiplier=1.0, target_delta=1e-5, num_directions=2), len(data), 4, 3)
+    perturbation, task = Perturbation(model), infer_task(model)
+    optimizer = DPZeroOptimizer(perturbation.parameters.values())
+    batches = LogicalBatches(
+        data, PoissonSampler(len(data), plan.sample_rate, new_secret()), default_data_collator, Shapes(4, 4)
+    )
+    losses = Losses(model, task, lambda batch: batch)
+    step = PrivateStep(model, plan, batches=batches, losses=losses, perturbation=perturbation, optimizer=optimizer)
+    step(1)
+    for number in (1, 0):
+        with pytest.raises(RuntimeError, match="releases once, in order"):
+            step(number)
+    step(2)
+    with pytest.raises(RuntimeError, match="planned 3 steps"):
+        step(3)
+
+
+@pytest.mark.parametrize(
+    "file", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "privacy_record.json"]
+)
+def test_a_half_written_checkpoint_is_passed_over(file: str, tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2, "deterministic": True}
+    whole = run(tmp_path, 6, **saving)
+    whole.train()
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    torn = tmp_path / "checkpoint-4" / file
+    torn.write_bytes(torn.read_bytes()[:-40])
+    with pytest.raises(DPZeroError, match="incomplete or damaged"):
+        run(tmp_path, 6, **saving).train(resume_from_checkpoint=str(torn.parent))
+    again = run(tmp_path, 6, **saving)
+    again.train(resume_from_checkpoint=True)
+    ours, theirs = (dict(trainer.model.named_parameters()) for trainer in (whole, again))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
