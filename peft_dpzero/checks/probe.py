@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 # Up to which lengths it is tried whether rows keep their bits.
 _LONGEST = 1024
 # Of fewer rows a step than so many times the points that can be stacked, each goes alone, without padding: measured.
-_ROWS_A_POINT = 8
+_ROWS_A_POINT = 4
 # Seconds after which progress is shown.
 _PATIENCE = 5
 

@@ -271,8 +271,7 @@ def test_a_data_set_that_leaves_rows_out_attributes_none_to_another() -> None:
     assert_strangers(when_one_joins(model, infer_task(model), rows, dataset=Forgetful))
 
 
-@pytest.mark.parametrize("labels", [1, 2, 3, 9])
-@pytest.mark.parametrize("name", ["Llama", "GPT-2"])
+@pytest.mark.parametrize(("name", "labels"), [("Llama", 1), ("GPT-2", 3)])
 def test_a_row_with_few_labels_is_read_alike_alone_and_in_company(name: str, labels: int) -> None:
     model = build(BY_NAME[name])
     rows = rows_with("causal_lm", [33, 41, 70], stranger=34)
