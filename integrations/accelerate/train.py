@@ -72,7 +72,8 @@ def main() -> None:
     sampler = dpzero.PoissonSampler(plan.num_units, plan.sample_rate, dpzero.new_secret())
     perturbation = dpzero.Perturbation(model, config.direction_seed, config.direction_distribution)
     probe = dpzero.Probe(model.eval(), accelerator.device, task=dpzero.infer_task(model))
-    shapes = probe.fit_shapes(perturbation, dpzero.Shapes(BATCH / accelerator.num_processes, most_rows=64))
+    sizes = dpzero.Shapes(BATCH / accelerator.num_processes, most_rows=64, max_length=LENGTH)
+    shapes = probe.fit_shapes(perturbation, sizes)
     losses = probe.losses(perturbation, partial(send_to_device, device=accelerator.device))
     shapes = probe.tried_shapes(perturbation, losses, shapes, config)
     shard = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}

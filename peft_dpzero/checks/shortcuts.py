@@ -60,9 +60,10 @@ class Trials:
         self._batch = batch
         self._lone = lone
         self._tolerance = tolerance
+        self._plain, self._plain_alone = self.losses(PLAIN), self.losses(PLAIN, batch=lone)
         # What labels decide is read of rows only that always go alone.
-        self._narrowable = lone if isinstance(task, TokenTask) else batch
-        self._plain = self.losses(PLAIN)
+        alone = isinstance(task, TokenTask)
+        self._narrowable, self._plain_narrowable = (lone, self._plain_alone) if alone else (batch, self._plain)
 
     def losses(
         self, shortcuts: Shortcuts, points: Sequence[Point] = _POINTS, batch: MicroBatch | None = None
@@ -82,13 +83,11 @@ class Trials:
 
     def agree(self, shortcuts: Shortcuts) -> bool:
         """Whether the losses are the plain pass's."""
-        losses = self.losses(shortcuts)
-        return losses is not None and self._plain is not None and self._near(losses, self._plain)
+        return self._near(self.losses(shortcuts), self._plain)
 
     def agree_alone(self, shortcuts: Shortcuts) -> bool:
         """Whether the losses of a row by itself are the plain pass's."""
-        losses, plain = self.losses(shortcuts, batch=self._lone), self.losses(PLAIN, batch=self._lone)
-        return losses is not None and plain is not None and self._near(losses, plain)
+        return self._near(self.losses(shortcuts, batch=self._lone), self._plain_alone)
 
     def agree_narrowed(self, shortcuts: Shortcuts, modules: Sequence[nn.Module]) -> bool:
         """Whether the losses are the plain pass's, whatever `modules` put out where no loss reads.
@@ -99,12 +98,13 @@ class Trials:
             self.losses(replace(shortcuts, read_positions=NarrowedLayers(modules, loud)), _POINTS[:1], self._narrowable)
             for loud in (False, True)
         )
-        plain = self.losses(PLAIN, _POINTS[:1], self._narrowable)
-        if quiet is None or loud is None or plain is None:
+        if quiet is None or loud is None or self._plain_narrowable is None:
             return False
-        return torch.equal(quiet, loud) and self._near(quiet, plain)
+        return torch.equal(quiet, loud) and self._near(quiet, self._plain_narrowable[:1])
 
-    def _near(self, losses: Tensor, plain: Tensor) -> bool:
+    def _near(self, losses: Tensor | None, plain: Tensor | None) -> bool:
+        if losses is None or plain is None:
+            return False
         return torch.allclose(losses, plain, rtol=1e-4, atol=self._tolerance)
 
 

@@ -160,13 +160,12 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin, ReportingMixin):
             check_quantization(self.model)
             perturbation = self._perturbation()
             self._losses, self._shapes = self._probed(perturbation)
-            start = parameters_digest(perturbation)
             checkpoint = self._enter_segment(perturbation, resume_from_checkpoint)
             self._step, self._weights_step = None, None
             if checkpoint is not None and checkpoint_step(Path(checkpoint)) >= self.privacy_plan.steps:
                 return self._finished(checkpoint)
             output = super().train(checkpoint, *args, **kwargs)
-        if self.state.global_step and parameters_digest(self._perturbation()) == start:
+        if self.state.global_step and parameters_digest(self._perturbation()) == self._segments[0].header["start"]:
             warnings.warn("Training did not move the trainable parameters: is the learning rate 0?", stacklevel=2)
         return self._public_output(output)
 

@@ -53,7 +53,9 @@ class NarrowedLayers:
                 if read is None or len(read[0]) % shape[0] or len(read[0]) > WORTHWHILE * shape.numel():
                     indices[shape] = None
                 else:
-                    indices[shape] = (read[0] * shape[1] + read[1]).view(shape[0], -1)  # [b, positions]
+                    lines = (read[0] * shape[1] + read[1]).view(shape[0], -1)  # [b, positions]
+                    more = lines[:1].expand(filled(len(lines)) - len(lines), -1)
+                    indices[shape] = torch.cat([lines, more])
             return indices[shape]
 
         with replaced_forwards({module: self._narrowed(module.forward, index) for module in self.modules}):
@@ -62,11 +64,11 @@ class NarrowedLayers:
     def _narrowed(self, original: Forward, index: Callable[[torch.Size], Tensor | None]) -> Forward:
         def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
             alone = isinstance(x, Tensor) and x.ndim == 3 and not args and not kwargs
-            read = index(x.shape[:2]) if alone else None
-            if read is None:
+            lines = index(x.shape[:2]) if alone else None
+            if lines is None:
                 return original(x, *args, **kwargs)
-            more = read[:1].expand(filled(len(read)) - len(read), -1)
-            output = original(x.flatten(0, 1)[torch.cat([read, more])])[: len(read)].flatten(0, 1)
+            read = lines[: len(x)]
+            output = original(x.flatten(0, 1)[lines])[: len(x)].flatten(0, 1)
             everywhere = output.new_zeros(x.shape[0] * x.shape[1], *output.shape[1:])
             if self.loud:
                 everywhere += 100 * torch.arange(everywhere.shape[-1], device=x.device).cos()
