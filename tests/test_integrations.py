@@ -12,16 +12,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tiny import RELEASE
+
 INTEGRATIONS = Path(__file__).parents[1] / "integrations"
-RELEASED = {
-    "README.md",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "dpzero_config.json",
-    "dpzero_journal",
-    "dpzero_start.safetensors",
-    "privacy_record.json",
-}
 STEPS = 4
 TIMEOUT = 240
 
@@ -37,7 +30,7 @@ def run(program: str, *arguments: object, launcher: tuple[str, ...] = ()) -> str
 
 def check_release(folder: Path, steps: int, privacy: tuple[float, float]) -> None:
     """The folder holds a release and nothing more, made by `steps` steps within (ε, δ)."""
-    assert {path.name for path in folder.iterdir()} == RELEASED
+    assert {path.name for path in folder.iterdir()} == RELEASE
     record = json.loads((folder / "privacy_record.json").read_text())
     epsilon, delta = privacy
     assert (record["steps"], record["delta"]) == (steps, delta)

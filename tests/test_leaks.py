@@ -15,7 +15,7 @@ from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer, LogicalBatches
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
-from tiny import adapted, arguments, drawn_values, tiny_dataset, tiny_model
+from tiny import RELEASE, adapted, arguments, drawn_values, tiny_dataset, tiny_model
 
 Kind = type[Trainer]
 PUBLIC_LOGS = {
@@ -27,15 +27,6 @@ PUBLIC_LOGS = {
     "train_runtime",
     "train_samples_per_second",
     "train_steps_per_second",
-}
-RELEASE = {
-    "README.md",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "dpzero_config.json",
-    "dpzero_journal",
-    "dpzero_start.safetensors",
-    "privacy_record.json",
 }
 CHECKPOINT = RELEASE | {"optimizer.pt", "scheduler.pt", "trainer_state.json"}
 TOKEN = "hf_canary"

@@ -26,6 +26,16 @@ from transformers import (
 )
 
 VOCABULARY = 60
+# The files of a released adapter, all of them.
+RELEASE = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "dpzero_config.json",
+    "dpzero_journal",
+    "dpzero_start.safetensors",
+    "privacy_record.json",
+}
 
 
 def bert_config(**changes: Any) -> BertConfig:

@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM
 
 import distributed_run
 from distributed_run import INTERRUPTED_AT, LOGICAL_BATCH, NUM_DIRECTIONS, STEPS
-from tiny import arguments, tiny_dataset, tiny_model
+from tiny import RELEASE, arguments, tiny_dataset, tiny_model
 
 LAUNCH_TIMEOUT = 240
 
@@ -123,15 +123,7 @@ def test_one_rank_writes_the_journal_and_each_release_once(launched: Launched) -
 
 def test_the_saved_files_are_those_of_one_process(launched: Launched) -> None:
     files = {path.name for path in (launched.folder / "whole").iterdir() if path.is_file()}
-    assert files == {
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "dpzero_config.json",
-        "dpzero_journal",
-        "dpzero_start.safetensors",
-        "privacy_record.json",
-    }
+    assert files == RELEASE
     record = json.loads((launched.folder / "whole" / "privacy_record.json").read_text())
     assert (record["steps"], record["expected_batch_size"]) == (STEPS, LOGICAL_BATCH)
 

@@ -13,15 +13,6 @@ from huggingface_hub import ModelCard
 import tiny
 from hub_server import HubServer
 
-RELEASE = {
-    "README.md",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "dpzero_config.json",
-    "dpzero_journal",
-    "dpzero_start.safetensors",
-    "privacy_record.json",
-}
 JOURNAL_RELEASE = {
     "README.md",
     "config.json",
@@ -54,7 +45,7 @@ def test_a_pushed_adapter_is_the_release_alone_and_loads_back(tmp_path: Path) ->
         commits = [path for method, path in hub.requests if method == "POST" and "/commit/" in path]
         assert len(commits) >= 2, "the checkpoints and the end are each pushed"
         files = hub.files("user/private-adapter")
-        assert set(files) - {".gitattributes"} == RELEASE
+        assert set(files) - {".gitattributes"} == tiny.RELEASE
         assert not any(b"hf_secret" in content for content in files.values())
 
         record = json.loads(files["privacy_record.json"])
