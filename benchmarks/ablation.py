@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft_dpzero import Shortcuts
+from peft_dpzero.estimation.losses import Shortcuts
 
 from ours import Batches, Ours
 from tables import insert, table

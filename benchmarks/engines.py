@@ -21,9 +21,12 @@ from typing import Any
 
 import torch
 from accelerate import disk_offload
-from peft_dpzero import Losses, Perturbation, Probe, Shapes, Shortcuts
-from peft_dpzero.estimation import passes
+from peft_dpzero.checks.probe import Probe
+from peft_dpzero.estimation import losses as passes
 from peft_dpzero.estimation.differences import losses_at
+from peft_dpzero.estimation.losses import Losses, Shortcuts
+from peft_dpzero.estimation.shapes import Shapes
+from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.training.offloading import bring_trained_into_memory
 from torch import Tensor
 from torch._dynamo.utils import counters

@@ -20,19 +20,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft_dpzero import (
-    DPZeroConfig,
-    DPZeroOptimizer,
-    LogicalBatches,
-    Losses,
-    Perturbation,
-    PoissonSampler,
-    PrivateStep,
-    Shapes,
-    TokenTask,
-    make_plan,
-    new_secret,
-)
+from peft_dpzero import DPZeroConfig, DPZeroOptimizer, TokenTask, make_plan
+from peft_dpzero.estimation.batching import LogicalBatches
+from peft_dpzero.estimation.losses import Losses
+from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
+from peft_dpzero.estimation.shapes import Shapes
+from peft_dpzero.perturbation.perturbation import Perturbation
+from peft_dpzero.step import PrivateStep
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 

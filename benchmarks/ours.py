@@ -8,19 +8,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from peft_dpzero import (
-    DPZeroConfig,
-    DPZeroOptimizer,
-    LogicalBatches,
-    Losses,
-    Perturbation,
-    PoissonSampler,
-    PrivateStep,
-    Probe,
-    Shapes,
-    make_plan,
-)
-from peft_dpzero.estimation.losses import PLAIN
+from peft_dpzero import DPZeroConfig, DPZeroOptimizer, make_plan
+from peft_dpzero.checks.probe import Probe
+from peft_dpzero.estimation.batching import LogicalBatches
+from peft_dpzero.estimation.losses import PLAIN, Losses
+from peft_dpzero.estimation.sampling import PoissonSampler
+from peft_dpzero.estimation.shapes import Shapes
+from peft_dpzero.perturbation.perturbation import Perturbation
+from peft_dpzero.step import PrivateStep
 
 from workloads import Row, Workload
 

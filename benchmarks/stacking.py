@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from statistics import median
 
-from peft_dpzero.estimation import passes
+from peft_dpzero.estimation import losses as passes
 
 from demo import CLIPPING_AT_512, Demo, Watch
 

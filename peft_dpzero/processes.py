@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor
 
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.perturbation.perturbation import Perturbation
+
+_T = TypeVar("_T")
 
 
 class AcceleratedProcesses:
@@ -34,6 +37,23 @@ class AcceleratedProcesses:
     def broadcast(self, tensor: Tensor) -> Tensor:
         """The first process's tensor, on the CPU."""
         return torch.as_tensor(broadcast(tensor.to(self.accelerator.device))).to("cpu")
+
+    def on_main(self, work: Callable[[], _T]) -> _T:
+        """What `work` returns on the first process, or the DPZeroError that it raises there, on all of them."""
+        shared: list[Any] = [None, None]
+        if self.is_main_process:
+            try:
+                shared[0] = work()
+            except DPZeroError as error:
+                if self.count == 1:
+                    raise
+                shared[1] = error
+        if self.count > 1:
+            broadcast_object_list(shared)
+        if shared[1] is not None:
+            raise DPZeroError(str(shared[1]))
+        result: _T = shared[0]
+        return result
 
 
 def share_parameters(perturbation: Perturbation, processes: AcceleratedProcesses) -> None:

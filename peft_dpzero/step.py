@@ -11,7 +11,7 @@ q = B / N sample_rate, γ = C / 2²⁰.
     6  release   s = Σ_i v_i / γ + discrete Gaussian of scale σC/γ; ĝ = γs / (B·K)    public from here
     7  update    θ ← θ − η (Σ_k ĝ_k z_k + weight decay · θ)                          public
 
-Steps 1 to 6 are `PrivateStep`; step 7 is `DPZeroOptimizer.step`, under whatever schedule drives it.
+Steps 1 to 6 are `PrivateStep`; step 7 is `DPZeroOptimizer.step`, under any schedule.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from peft_dpzero.estimation.batching import LogicalBatches
 from peft_dpzero.estimation.differences import estimate_differences
 from peft_dpzero.estimation.losses import Losses
 from peft_dpzero.mechanism.plan import PrivacyPlan
-from peft_dpzero.mechanism.private_sum import PrivateSum, Released
+from peft_dpzero.mechanism.private_sum import PrivateSum
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.processes import AcceleratedProcesses, check_processes, share_parameters
 from peft_dpzero.release.journal import Journal, JournalSegment
-from peft_dpzero.release.optimizer import DPZeroOptimizer
+from peft_dpzero.release.optimizer import DPZeroOptimizer, Estimate
 from peft_dpzero.release.replay import replayed_releases
 
 
 @dataclass
 class StepReport:
-    """What the caller may show of a step: the release, and the raw mean loss if the user asked for it."""
+    """What leaves a step: the estimate, which is released, and the raw mean loss if the user asked for it."""
 
-    released: Released
+    estimate: Estimate
     nonprivate_loss: float | None = None
 
 
 class PrivateStep:
-    """Lines 1 to 6 of the step, journalled, with the release loaded into the optimizer for line 7.
+    """Lines 1 to 6 of the step, journalled.
 
     With an accelerator, all processes take the first one's trainable parameters and sampling key when it is built.
 
@@ -55,10 +55,14 @@ class PrivateStep:
         batches: the run's private batches.
         losses: per-example losses of `model`.
         perturbation: over `model`'s trainable parameters.
-        optimizer: takes each release.
+        optimizer: what will apply the releases: its learning rates are journalled with them.
         journal: where each release is written before it is used; None on processes that write nothing.
         segments: the journal's, with the releases made before a crash: they are applied again, not made again.
         accelerator: for several processes.
+
+    Attributes:
+        made: how many steps of the run are released.
+        replayed: the releases of `segments`.
 
     Raises:
         DPZeroError: the processes that were launched are not all connected or do not hold the same run, or `batches`
@@ -89,7 +93,7 @@ class PrivateStep:
         self.processes = AcceleratedProcesses(accelerator) if accelerator is not None else None
         self.mechanism = PrivateSum(plan.config, plan.expected_batch_size, self.processes, plan.loss_interval)
         self.replayed = replayed_releases(segments, self.mechanism)
-        self._next_release = max(len(self.replayed), plan.first_step)
+        self.made = max(len(self.replayed), plan.first_step)
         check_processes(self.processes.count if self.processes else 1, batches.world_size)
         if self.processes and self.processes.count > 1:
             check_agreement(plan, batches, perturbation, len(self.replayed), self.processes.gather)
@@ -107,16 +111,14 @@ class PrivateStep:
         if step >= self.plan.steps:
             raise RuntimeError(f"Step {step} would pass the planned {self.plan.steps} steps and their ε.")
         if step < len(self.replayed):
-            released, rates = self.replayed[step].released, self.replayed[step].learning_rates
-            self.optimizer.load(released, self.perturbation, rates)
-            return StepReport(released)
-        if step < self._next_release:
+            replayed = self.replayed[step]
+            return StepReport(Estimate(replayed.released, self.perturbation, replayed.learning_rates))
+        if step < self.made:
             raise RuntimeError(f"Step {step} or a later one was released before: each releases once, in order.")
         report = self._release(step)
         if self.journal is not None:
             rates = self.optimizer.learning_rates
-            self.journal.record(step, rates, self.config.direction_seed, report.released.values)
-        self.optimizer.load(report.released, self.perturbation)
+            self.journal.record(step, rates, self.config.direction_seed, report.estimate.released.values)
         return report
 
     def _release(self, step: int) -> StepReport:
@@ -140,6 +142,6 @@ class PrivateStep:
             # Raised out here, it does not carry the withheld error as its __context__.
             raise failure
         # Counted first: however the release ends, it is not made again.
-        self._next_release = step + 1
+        self.made = step + 1
         released = self.mechanism.release(step, differences)
-        return StepReport(released, self.mechanism.raw_loss(differences))
+        return StepReport(Estimate(released, self.perturbation), self.mechanism.raw_loss(differences))

@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 import torch
-from peft_dpzero import DPZeroConfig, PoissonSampler, new_secret
+from peft_dpzero import DPZeroConfig
+from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
 from peft_dpzero.mechanism.private_sum import PrivateDifferences, PrivateSum
 from scipy import stats
 

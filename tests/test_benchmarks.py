@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft_dpzero import Losses
+from peft_dpzero.estimation.losses import Losses
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from transformers import OPTConfig, OPTForCausalLM, set_seed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib.util
 from pathlib import Path
 
 import peft_dpzero
@@ -66,6 +67,17 @@ def test_only_the_mechanism_opens_private_differences() -> None:
         if part(module) != "mechanism":
             opened = [n for n in ast.walk(ast.parse(module.read_text())) if isinstance(n, ast.Attribute)]
             assert not any(node.attr in sealed for node in opened if not _is_self(node)), module
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "docs", "integrations"])
+def test_programs_import_what_is_there(folder: str) -> None:
+    for path in (PACKAGE.parent / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("peft_dpzero"):
+                module = importlib.import_module(str(node.module))
+                for name in (alias.name for alias in node.names):
+                    there = hasattr(module, name) or importlib.util.find_spec(f"{node.module}.{name}")
+                    assert there, f"{path.name}: {node.module}.{name}"
 
 
 def test_the_package_opens_onto_few_rooms() -> None:

@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer, LogicalBatches, PoissonSampler, Shapes, new_secret
+from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer
+from peft_dpzero.estimation.batching import LogicalBatches
+from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
+from peft_dpzero.estimation.shapes import Shapes
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from transformers import Trainer, TrainerCallback
 

@@ -9,14 +9,13 @@ Tunes a LoRA adapter on a made-up task; saves it with its privacy record and car
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import peft_dpzero as dpzero
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, send_to_device, set_seed
+from accelerate.utils import send_to_device, set_seed
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, get_scheduler
 
@@ -67,56 +66,25 @@ def main() -> None:
     model = build_model().to(accelerator.device)
     train_rows, test_rows = make_rows(NUM_TRAIN, seed=1), make_rows(1000, seed=2)
 
-    config = dpzero.DPZeroConfig(target_epsilon=2.0, target_delta=1e-5, num_directions=8, clipping_threshold=1.0)
-    plan = dpzero.make_plan(config, num_units=NUM_TRAIN, expected_batch_size=BATCH, steps=options.steps)
-    sampler = dpzero.PoissonSampler(plan.num_units, plan.sample_rate, dpzero.new_secret())
-    perturbation = dpzero.Perturbation(model, config.direction_seed, config.direction_distribution)
-    probe = dpzero.Probe(model.eval(), accelerator.device, task=dpzero.infer_task(model))
-    sizes = dpzero.Shapes(BATCH / accelerator.num_processes, most_rows=64, max_length=LENGTH)
-    shapes = probe.fit_shapes(perturbation, sizes)
-    losses = probe.losses(perturbation, partial(send_to_device, device=accelerator.device))
-    shapes = probe.tried_shapes(perturbation, losses, shapes, config)
-    shard = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    batches = dpzero.LogicalBatches(train_rows, sampler, collate, shapes, **shard)
-    optimizer = dpzero.DPZeroOptimizer(perturbation.parameters.values(), lr=3.0)
-    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=plan.steps)
-
-    # Releases that an interrupted run has made are applied again; the others are journalled before they are used.
-    journal, made = None, [None]
-    if accelerator.is_main_process:
-        options.output_dir.mkdir(parents=True, exist_ok=True)
-        dpzero.save_start(model, perturbation, options.output_dir)
-        header = dpzero.plan_header(plan, perturbation, optimizer, model)
-        journal = dpzero.Journal(options.output_dir / "dpzero_journal", header)
-        made = [journal.segments]
-    segments = broadcast_object_list(made)[0]
-    step = dpzero.PrivateStep(
-        model,
-        plan,
-        batches=batches,
-        losses=losses,
-        perturbation=perturbation,
-        optimizer=optimizer,
-        journal=journal,
-        segments=segments,
-        accelerator=accelerator,
+    config = dpzero.DPZeroConfig(
+        target_epsilon=2.0, target_delta=1e-5, num_directions=8, clipping_threshold=1.0, max_length=LENGTH
     )
+    run = dpzero.Run(config, train_rows, expected_batch_size=BATCH, steps=options.steps, accelerator=accelerator)
+    optimizer = dpzero.DPZeroOptimizer((p for p in model.parameters() if p.requires_grad), lr=3.0)
+    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=run.plan.steps)
 
     before = accuracy(model, test_rows, accelerator.device)
-    for number in range(plan.steps):
-        report = step(number)
-        optimizer.step()
-        scheduler.step()
-        if (number + 1) % 20 == 0:
-            accelerator.print(f"step {number + 1:4d}   |g| {report.released.norm:.3f}")
+    with run.started(model, optimizer, collate, options.output_dir):
+        for number in range(run.plan.steps):
+            estimate = run.release(number).estimate
+            optimizer.step(estimate)
+            scheduler.step()
+            if (number + 1) % 20 == 0:
+                accelerator.print(f"step {number + 1:4d}   |g| {estimate.released.norm:.3f}")
     after = accuracy(model, test_rows, accelerator.device)
 
-    record = dpzero.privacy_record(plan, plan.steps)
-    if journal is not None:
-        model.save_pretrained(options.output_dir)
-        config.save_pretrained(options.output_dir)
-        dpzero.save_record(dpzero.with_digests(record, options.output_dir, journal, perturbation), options.output_dir)
-        dpzero.save_card(record, options.output_dir, base_model=None, library="peft")
+    run.save(model, options.output_dir)
+    record = run.record()
     accelerator.print(f"processes {accelerator.num_processes}   accuracy {before:.3f} → {after:.3f}")
     accelerator.print(f"epsilon {record['epsilon']:.3f} at delta {record['delta']:g}   saved in {options.output_dir}")
     accelerator.end_training()

@@ -18,7 +18,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from peft_dpzero.auditing.bounds import epsilon_lower_bound
 from peft_dpzero.auditing.canaries import CanaryData, Row, random_canaries
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.estimation.batching import LogicalBatches, without_column
+from peft_dpzero.estimation.batching import LogicalBatches
 from peft_dpzero.estimation.differences import estimate_differences
 from peft_dpzero.estimation.losses import Losses
 from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
@@ -156,17 +156,14 @@ class _Watch:
     def _rows(self, step: int, threshold: float) -> np.ndarray:
         """The canaries' clipped differences: (m, K) float64."""
         trainer, config = self.trainer, self.trainer.dpzero_config
-        collate = trainer.data_collator
-        if config.privacy_unit is not None:
-            collate = without_column(collate, config.privacy_unit)
-        collate = trainer._get_collator_with_removed_columns(collate)
         everybody = PoissonSampler(len(self.canaries), 1.0, new_secret())
-        assert trainer._step is not None
-        batches = LogicalBatches(list(self.canaries), everybody, collate, trainer._step.batches.shapes)  # type: ignore[arg-type]
+        private = trainer.run.step
+        assert private is not None
+        batches = LogicalBatches(list(self.canaries), everybody, trainer.private_collator(), private.batches.shapes)  # type: ignore[arg-type]
         differences = estimate_differences(
             Losses(trainer.model, trainer.task, trainer._prepare_inputs),
             batches.draw(step),
-            trainer._step.perturbation,
+            private.perturbation,
             step=step,
             num_directions=config.num_directions,
             smoothing_parameter=config.smoothing_parameter,

@@ -31,16 +31,16 @@ _NEIGHBORS = {
 }
 
 
-def save_card(record: dict[str, Any], folder: Path, base_model: str | None, library: str, **card_data: Any) -> Path:
+def save_card(record: dict[str, Any], folder: Path, model: Any, **card_data: Any) -> Path:
     """Writes the model card, replacing any that PEFT or the Trainer wrote, and returns its path.
 
     Args:
         record: from `privacy_record`.
         folder: where README.md goes.
-        base_model: the base model's Hub name, or None if it has none.
-        library: "peft" or "transformers".
+        model: the trained one: its base is named if that has a Hub name.
         card_data: further fields of `huggingface_hub.ModelCardData`, such as language, license or tags.
     """
+    base_model, library = hub_name(model), "peft" if hasattr(model, "peft_config") else "transformers"
     tags = card_data.pop("tags", None) or []
     data = ModelCardData(
         base_model=base_model,
@@ -52,6 +52,13 @@ def save_card(record: dict[str, Any], folder: Path, base_model: str | None, libr
     path = folder / CARD_NAME
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_card_text(record, base_model, library)}").save(path)
     return path
+
+
+def hub_name(model: Any) -> str | None:
+    """The base model's name if it can be a Hub name; a local path is nobody's business."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = str(getattr(getattr(base, "config", None), "_name_or_path", "") or "")
+    return name if name.count("/") <= 1 and name and not Path(name).exists() else None
 
 
 def card_claims(record: dict[str, Any]) -> dict[str, Any]:

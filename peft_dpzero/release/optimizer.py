@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,22 @@ from torch import Tensor
 
 from peft_dpzero.mechanism.private_sum import Released
 from peft_dpzero.perturbation.perturbation import Perturbation, add_shift
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A released gradient estimate Σ_k ĝ_k z_k, not written out.
+
+    Attributes:
+        released: what left the step, with ĝ.
+        perturbation: makes the directions z_k, over the parameters.
+        learning_rates: for a release out of a journal those that it was applied with, one a group or one for all; None
+            takes the groups' own.
+    """
+
+    released: Released
+    perturbation: Perturbation
+    learning_rates: tuple[float, ...] | None = None
 
 
 class DPZeroOptimizer(torch.optim.Optimizer):
@@ -39,7 +56,6 @@ class DPZeroOptimizer(torch.optim.Optimizer):
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {momentum!r}.")
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self._pending: tuple[Released, Perturbation, tuple[float, ...]] | None = None
 
     @property
     def learning_rates(self) -> tuple[float, ...]:
@@ -58,34 +74,22 @@ class DPZeroOptimizer(torch.optim.Optimizer):
             for group in self.param_groups
         ]
 
-    def load(
-        self, released: Released, perturbation: Perturbation, learning_rates: Sequence[float] | None = None
-    ) -> None:
-        """Hands over one step's release; the next `step` applies it, once.
+    @torch.no_grad()
+    def step(self, estimate: Estimate | None = None) -> None:  # type: ignore[override]
+        """Applies one step's estimate.
 
-        Args:
-            released: the release.
-            perturbation: over the parameters.
-            learning_rates: one a group, or one for all, for a release out of a journal; None takes the groups' own.
+        Raises:
+            RuntimeError: there is none: without gradients it cannot come from elsewhere.
+            ValueError: its learning rates are not as many as there are groups.
         """
-        rates = tuple(self.learning_rates if learning_rates is None else learning_rates)
+        if not isinstance(estimate, Estimate):
+            raise RuntimeError("There is no release to apply: call step(estimate) with what a PrivateStep made.")
+        perturbation, released = estimate.perturbation, estimate.released
+        rates = self.learning_rates if estimate.learning_rates is None else estimate.learning_rates
         if len(rates) == 1:
             rates *= len(self.param_groups)
         if len(rates) != len(self.param_groups):
             raise ValueError(f"{len(rates)} learning rates for {len(self.param_groups)} groups of parameters.")
-        self._pending = (released, perturbation, rates)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Applies the loaded release.
-
-        Raises:
-            RuntimeError: none is loaded: each release may be used once.
-        """
-        if self._pending is None:
-            raise RuntimeError("No release is loaded: each one updates the parameters exactly once.")
-        released, perturbation, rates = self._pending
-        self._pending = None
         names = {parameter: name for name, parameter in perturbation.parameters.items()}
         values: dict[str, Tensor] = {}
         updates: dict[str, Callable[[slice, Tensor], None]] = {}

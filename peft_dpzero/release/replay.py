@@ -15,7 +15,7 @@ from peft_dpzero.mechanism.private_sum import PrivateSum, Released
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.release.header import READABLE_VERSIONS, segment_config
 from peft_dpzero.release.journal import JOURNAL_NAME, JournalSegment, read_journal
-from peft_dpzero.release.optimizer import DPZeroOptimizer
+from peft_dpzero.release.optimizer import DPZeroOptimizer, Estimate
 from peft_dpzero.release.start import load_start
 
 
@@ -28,7 +28,7 @@ class Replayed:
 
 
 def replayed_releases(segments: Sequence[JournalSegment], mechanism: PrivateSum | None = None) -> list[Replayed]:
-    """Every entry of a journal as the step that made it gave it to the optimizer.
+    """Every entry of a journal, as the step that made it put it out.
 
     Args:
         segments: from the first.
@@ -76,8 +76,7 @@ def replay_journal(model: nn.Module, journal: str | Path, steps: int | None = No
     load_start(perturbation, path.parent, header["start"])
     optimizer = _optimizer(perturbation, header["optimizer"])
     for replayed in replayed_releases(segments)[:steps]:
-        optimizer.load(replayed.released, perturbation, replayed.learning_rates)
-        optimizer.step()
+        optimizer.step(Estimate(replayed.released, perturbation, replayed.learning_rates))
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,10 +38,14 @@ def _nothing(rows: list[None]) -> dict[str, torch.Tensor]:
     return {}
 
 
-def step_loader(num_units: int, steps_per_epoch: int) -> DataLoader[Any]:
+def step_loader(num_units: int, logical_batch_size: int) -> DataLoader[Any]:
     """A loader that paces the Trainer's loop, one empty item a step, and carries no data.
 
     The step draws its own batch from `LogicalBatches` by number, so prefetching, skipping on resume and epoch
     ends cannot change what is sampled.
     """
-    return DataLoader(_StepNumbers(num_units), batch_sampler=_OnePerStep(steps_per_epoch), collate_fn=_nothing)
+    return DataLoader(
+        _StepNumbers(num_units),
+        batch_sampler=_OnePerStep(math.ceil(num_units / logical_batch_size)),
+        collate_fn=_nothing,
+    )

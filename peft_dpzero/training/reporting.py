@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers.trainer_utils import TrainOutput
 
-from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.mechanism.accountant import COARSE_INTERVAL
-from peft_dpzero.mechanism.plan import PrivacyPlan
+from peft_dpzero.training.run import Run
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Host
@@ -36,16 +35,12 @@ _LOOP = "train"
 class ReportingMixin(_Host):  # type: ignore[misc]
     """Logs, metrics and what they are made of."""
 
-    dpzero_config: DPZeroConfig
-    _grad_norm: float
-    # By the number of steps done.
-    _private_losses: dict[int, float]
     _metric_prefixes: set[str]
     _left_out: set[str]
 
     @property
-    def privacy_plan(self) -> PrivacyPlan:
-        """q, σ, T and what they cost."""
+    def run(self) -> Run:
+        """The private run."""
         raise NotImplementedError
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -55,10 +50,10 @@ class ReportingMixin(_Host):  # type: ignore[misc]
         """
         public = self._public(logs)
         if "learning_rate" in logs:
-            if (loss := self._private_losses.get(self.state.global_step)) is not None:
+            if (loss := self.run.losses.get(self.state.global_step)) is not None:
                 public["loss"] = loss
             if self.is_world_process_zero():
-                public["epsilon"] = self.privacy_plan.epsilon(self.state.global_step, COARSE_INTERVAL)
+                public["epsilon"] = self.run.plan.epsilon(self.state.global_step, COARSE_INTERVAL)
         super().log(public, *args, **kwargs)
 
     def evaluate(
@@ -91,8 +86,8 @@ class ReportingMixin(_Host):  # type: ignore[misc]
     def _public_output(self, output: TrainOutput) -> TrainOutput:
         """`output` with public metrics, and the mean of the released losses unless the raw one may be shown."""
         loss = output.training_loss
-        if self.dpzero_config.train_loss != "nonprivate":
-            released = list(self._private_losses.values())
+        if self.run.config.train_loss != "nonprivate":
+            released = list(self.run.losses.values())
             loss = sum(released) / len(released) if released else math.nan
         return TrainOutput(output.global_step, loss, self._public(output.metrics))
 
@@ -110,7 +105,7 @@ class ReportingMixin(_Host):  # type: ignore[misc]
 
     def _is_public(self, name: str) -> bool:
         if name in _LOSSES:
-            return self.dpzero_config.train_loss == "nonprivate"
+            return self.run.config.train_loss == "nonprivate"
         prefixes = self._metric_prefixes - {_LOOP}
         measured = any(name.startswith(f"{prefix}_") for prefix in prefixes) and not name.startswith(f"{_LOOP}_")
         return name in _ALLOWED or (measured and "_mem_" not in name and "memory" not in name)
@@ -119,4 +114,4 @@ class ReportingMixin(_Host):  # type: ignore[misc]
         return None
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
-        return self._grad_norm
+        return self.run.last.norm if self.run.last else 0.0

@@ -11,14 +11,11 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import CommitOperationAdd, HfApi
 from transformers.utils import PushInProgress
 
-from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.perturbation.perturbation import Perturbation
-from peft_dpzero.release.bundle import EVIDENCE, copy_evidence, is_released, with_digests
-from peft_dpzero.release.card import CARD_NAME, save_card
-from peft_dpzero.release.journal import Journal
-from peft_dpzero.release.record import save_record
+from peft_dpzero.release.bundle import is_released
+from peft_dpzero.release.card import CARD_NAME, hub_name, save_card
 from peft_dpzero.release.staging import put_in_place, staging
+from peft_dpzero.training.run import Run
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Host
@@ -40,27 +37,21 @@ peft-dpzero replay {base} THIS_REPOSITORY OUT
 class SavingMixin(_Host):  # type: ignore[misc]
     """Saving and pushing of a private Trainer."""
 
-    dpzero_config: DPZeroConfig
-    _journal: Journal | None
     # The step that the weights are of, if that is not the last one.
-    _weights_step: int | None
+    _weights_step: int | None = None
     # What the last save wrote: a push uploads that and nothing else.
     _written: tuple[Path, tuple[str, ...]] | None = None
 
-    def privacy_record(self) -> dict[str, Any]:
-        """The record of the releases made so far."""
-        raise NotImplementedError
-
-    def _perturbation(self) -> Perturbation:
+    @property
+    def run(self) -> Run:
+        """The private run."""
         raise NotImplementedError
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Any] | None = None) -> None:
-        if not self.args.should_save:
-            return
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        with self._writing(Path(output_dir or self.args.output_dir)) as folder:
-            model.save_pretrained(folder, state_dict=state_dict)
-            self._save_claims(folder)
+        if self.args.should_save:
+            with self._saving(Path(output_dir or self.args.output_dir)) as folder:
+                self._plain_model.save_pretrained(folder, state_dict=state_dict)
+                self._save_claims(folder)
 
     def save_journal(self, output_dir: str, **card_data: Any) -> None:
         """Saves the model as its journal: kilobytes, from which `replay_journal` makes the weights again.
@@ -70,12 +61,12 @@ class SavingMixin(_Host):  # type: ignore[misc]
         Raises:
             DPZeroError: nothing was trained yet.
         """
-        if self._journal is None:
+        if self.is_world_process_zero() and self.run.journal is None:
             raise DPZeroError("There is no journal yet: call train() first.")
         if not self.is_world_process_zero():
             return
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        with self._writing(Path(output_dir)) as folder:
+        model = self._plain_model
+        with self._saving(Path(output_dir)) as folder:
             if hasattr(model, "peft_config"):
                 model.peft_config[model.active_adapter].save_pretrained(folder)
             else:
@@ -84,39 +75,30 @@ class SavingMixin(_Host):  # type: ignore[misc]
                     model.generation_config.save_pretrained(folder)
             self._save_claims(folder, **card_data)
             with (folder / CARD_NAME).open("a", encoding="utf-8") as card:
-                card.write(_REBUILDING.format(base=_hub_name(model) or "BASE"))
+                card.write(_REBUILDING.format(base=hub_name(model) or "BASE"))
+
+    @property
+    def _plain_model(self) -> Any:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     @contextmanager
-    def _writing(self, folder: Path) -> Iterator[Path]:
-        """Where to write what goes to `folder`, where it is put as a whole after the block."""
+    def _saving(self, folder: Path) -> Iterator[Path]:
         with staging(folder) as staged:
             yield staged
-            own = self._journal is not None and self._journal.path.parent.resolve() == folder.resolve()
-            self._written = folder, put_in_place(staged, folder, EVIDENCE if own else ())
+            self._written = folder, put_in_place(staged, folder, self.run.evidence_in(folder))
 
     def _save_claims(self, folder: Path, **card_data: Any) -> None:
-        self.dpzero_config.save_pretrained(folder)
-        record = self.privacy_record()
-        if self._journal is not None:
-            copy_evidence(self._journal, folder)
-            step = self.state.global_step if self._weights_step is None else self._weights_step
-            record = with_digests(record, folder, self._journal, self._perturbation(), step)
-        save_record(record, folder)
-        self._save_card(record, folder, **card_data)
+        step = self.state.global_step if self._weights_step is None else self._weights_step
+        self.run.save_claims(self._plain_model, folder, step, **card_data)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self._weights_step = self.state.best_global_step
 
-    def _save_card(self, record: dict[str, Any], folder: Path, **card_data: Any) -> None:
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        library = "peft" if hasattr(model, "peft_config") else "transformers"
-        save_card(record, folder, _hub_name(model), library, **card_data)
-
     def create_model_card(self, *args: Any, **card_data: Any) -> None:
         """Writes the privacy statement to README.md. `card_data`: language, license, tags … of the card's YAML."""
         if self.is_world_process_zero():
-            self._save_card(self.privacy_record(), Path(self.args.output_dir), **card_data)
+            save_card(self.run.record(), Path(self.args.output_dir), self._plain_model, **card_data)
 
     def push_to_hub(
         self,
@@ -182,10 +164,3 @@ class SavingMixin(_Host):  # type: ignore[misc]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing: restored state would repeat old randomness."""
-
-
-def _hub_name(model: Any) -> str | None:
-    """The base model's name if it can be a Hub name; a local path is nobody's business."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    name = str(getattr(getattr(base, "config", None), "_name_or_path", "") or "")
-    return name if name.count("/") <= 1 and name and not Path(name).exists() else None

@@ -25,37 +25,30 @@ from peft_dpzero.checks.arguments import (
     forward_only,
     stop_checkpointing,
 )
-from peft_dpzero.checks.causes import check_batch_norm
 from peft_dpzero.checks.compiled import check_compiled, check_compiled_parts
+from peft_dpzero.checks.passes import Passes, fit_passes
 from peft_dpzero.checks.probe import Probe
-from peft_dpzero.checks.quantized import check_quantization
-from peft_dpzero.checks.shortcuts import find_streamed
 from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.estimation.batching import LogicalBatches, without_column
+from peft_dpzero.estimation.batching import without_column
 from peft_dpzero.estimation.losses import Losses, Shortcuts
-from peft_dpzero.estimation.sampling import PoissonSampler, new_secret, seeded_secret
-from peft_dpzero.estimation.shapes import Shapes, row_counts
-from peft_dpzero.estimation.shortcuts.stacked_4bit import stack_4bit_products
+from peft_dpzero.estimation.sampling import seeded_secret
 from peft_dpzero.estimation.tasks import Task, as_task
 from peft_dpzero.mechanism.plan import PrivacyPlan
 from peft_dpzero.mechanism.private_sum import Released
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.processes import check_processes
 from peft_dpzero.release.digests import parameters_digest
-from peft_dpzero.release.journal import Journal, JournalSegment
-from peft_dpzero.release.ledger import record_of
-from peft_dpzero.release.optimizer import DPZeroOptimizer
-from peft_dpzero.release.record import privacy_record
-from peft_dpzero.step import PrivateStep
+from peft_dpzero.release.optimizer import DPZeroOptimizer, Estimate
+from peft_dpzero.training.checkpoints import checkpoint_step, checkpoint_to_resume
 from peft_dpzero.training.offloading import bring_trained_into_memory, is_offloaded
 from peft_dpzero.training.pacing import step_loader
 from peft_dpzero.training.reporting import ReportingMixin
-from peft_dpzero.training.resuming import ResumingMixin, checkpoint_step
+from peft_dpzero.training.run import Run
 from peft_dpzero.training.saving import SavingMixin
 
 
-class DPZeroTrainerMixin(SavingMixin, ResumingMixin, ReportingMixin):
+class DPZeroTrainerMixin(SavingMixin, ReportingMixin):
     """Makes a `transformers.Trainer` subclass private: put it first among the bases.
 
     The logical batch is `per_device_train_batch_size × gradient_accumulation_steps × processes` on average;
@@ -122,25 +115,38 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin, ReportingMixin):
         check_compiled_parts(self.model)
         bring_trained_into_memory(self.model)
         self.task = as_task(per_example_loss, self.model)
-        self._plan: PrivacyPlan | None = None
-        self._step: PrivateStep | None = None
-        self._losses: Losses
-        self._shapes: Shapes
-        self._streamed: frozenset[str] = frozenset()
-        self._journal: Journal | None = None
-        self._segments: list[JournalSegment] = []
-        self._weights_step: int | None = None
         self.release_listeners: list[Callable[[Released], None]] = []
-        self._grad_norm = 0.0
-        self._private_losses: dict[int, float] = {}
+        self._estimate: Estimate | None = None
         self._metric_prefixes = {"eval"}
         self._left_out: set[str] = set()
 
+    @functools.cached_property
+    def run(self) -> Run:
+        """The private run over `train_dataset`. It is made at first use, and reads no rows but for `privacy_unit`."""
+        run = Run(
+            self.dpzero_config,
+            self.train_dataset,
+            expected_batch_size=self.logical_batch_size,
+            logging_steps=self.args.logging_steps,
+            accelerator=self.accelerator,
+            **self._length,
+        )
+        run.listeners = self.release_listeners
+        return run
+
+    @property
+    def _length(self) -> dict[str, Any]:
+        steps = int(self.args.max_steps)
+        return {"steps": steps if steps > 0 else None, "epochs": float(self.args.num_train_epochs)}
+
+    @property
+    def privacy_plan(self) -> PrivacyPlan:
+        """q, σ, T and what they cost; calibrated at first use, before any data is read."""
+        return self.run.plan
+
     def privacy_record(self) -> dict[str, Any]:
         """The record of the releases made so far."""
-        if self._journal is not None and self._journal.segments:
-            return record_of(self._journal.segments)
-        return privacy_record(self.privacy_plan, self.state.global_step, self._private_losses)
+        return self.run.record()
 
     # ---- Training ----
 
@@ -155,17 +161,26 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin, ReportingMixin):
         """
         check_dataset(self.train_dataset)
         check_columns(self.train_dataset, self.label_names if self._needs_label_column else ())
-        with self._journalled(resume_from_checkpoint):
+        run, folder = self.run, Path(self.args.output_dir)
+        self._weights_step = None
+        with run.opened(folder, resume=bool(resume_from_checkpoint), **self._length):
+            if run.plan.steps < run.steps:
+                warnings.warn(
+                    f"Training stops after {run.plan.steps} steps: the next would pass target_epsilon.", stacklevel=2
+                )
+                self.args.max_steps = run.plan.steps
             check_weights(self.model)
-            check_quantization(self.model)
-            perturbation = self._perturbation()
-            self._losses, self._shapes = self._probed(perturbation)
-            checkpoint = self._enter_segment(perturbation, resume_from_checkpoint)
-            self._step, self._weights_step = None, None
-            if checkpoint is not None and checkpoint_step(Path(checkpoint)) >= self.privacy_plan.steps:
+            self._passes = self._fitted_passes()
+            checkpoint = run.processes.on_main(lambda: checkpoint_to_resume(resume_from_checkpoint, folder, run.made))
+            self.create_optimizer()
+            run.enter(run.perturbation(self.model), self._dpzero_optimizer, at_checkpoint=checkpoint is not None)
+            if checkpoint is not None and checkpoint_step(Path(checkpoint)) >= run.plan.steps:
                 return self._finished(checkpoint)
             output = super().train(checkpoint, *args, **kwargs)
-        if self.state.global_step and parameters_digest(self._perturbation()) == self._segments[0].header["start"]:
+        if (
+            self.state.global_step
+            and parameters_digest(run.perturbation(self.model)) == run.segments[0].header["start"]
+        ):
             warnings.warn("Training did not move the trainable parameters: is the learning rate 0?", stacklevel=2)
         return self._public_output(output)
 
@@ -179,44 +194,21 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin, ReportingMixin):
     def _needs_label_column(self) -> bool:
         return not hasattr(self.data_collator, "mlm")
 
-    def _perturbation(self) -> Perturbation:
-        config = self.dpzero_config
-        return Perturbation(self.model, config.direction_seed, config.direction_distribution, self._streamed)
-
-    def _probed(self, perturbation: Perturbation) -> tuple[Losses, Shapes]:
-        """The run's losses and shapes, from trials on made-up rows with the model as the Trainer prepares it."""
-        self.model.eval()
+    def _fitted_passes(self) -> Passes:
+        """How rows go through the model as the Trainer prepares it."""
         if not self._compiles:
-            self.accelerator.prepare_model(self.model)
-        check_batch_norm(self.model)
-        units, asserted = self.logical_batch_size / self.args.world_size, self.dpzero_config.rows_asserted_independent
-        shapes = Shapes(
-            expected_rows=units * (1 if self._units is None else self._units.max_examples),
+            self.accelerator.prepare_model(self.model.eval())
+        return fit_passes(
+            self.run.perturbation(self.model),
+            self.task,
+            self.dpzero_config,
+            self._prepare_inputs,
+            device=self.args.device,
+            expected_rows=self.run.expected_rows,
             most_rows=self.args.per_device_train_batch_size,
-            max_length=self.dpzero_config.max_length,
             max_tokens=self.max_tokens_per_micro_batch,
-            alone=not asserted,
-            # Of rows without tokens, which have one length, nothing can be tried.
-            together={1: row_counts(self.args.per_device_train_batch_size)} if asserted else {},
-            exact=not self._compiles,
+            compiles=self._compiles,
         )
-        if not Probe.suits(self.model):
-            if not asserted:
-                _warn_of_single_rows("the model reads no tokens, so that nothing can be tried on made-up ones")
-            return Losses(self.model, self.task, self._prepare_inputs), shapes
-        stack_4bit_products()
-        probe = Probe(self.model, self.args.device, self.task, asserted)
-        if self._compiles and not asserted and probe.reason is None:
-            probe.reason = "of compiled kernels it is not known that they keep rows apart"
-        shapes = probe.fit_shapes(perturbation, shapes)
-        if probe.reason is not None:
-            _warn_of_single_rows(probe.reason)
-        probe.check_reach(perturbation)
-        losses = probe.losses(perturbation, self._prepare_inputs)
-        # A compiled model would be compiled again with every micro-batch.
-        if not self._compiles:
-            self._streamed = find_streamed(perturbation, probe.run)
-        return losses, probe.tried_shapes(perturbation, losses, shapes, self.dpzero_config)
 
     @property
     def _compiles(self) -> bool:
@@ -229,43 +221,40 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin, ReportingMixin):
             check_compiled(perturbation, plain, compiled)
         return Losses(model, self.task, self._prepare_inputs, Shortcuts(label_logits=losses.shortcuts.label_logits))
 
-    def _build_step(self, model: nn.Module) -> PrivateStep:
-        plan, config = self.privacy_plan, self.dpzero_config
+    def begin_steps(self, model: nn.Module) -> None:
+        """Connects what the run's steps are made of; the first step does it.
+
+        Args:
+            model: as the Trainer's loop passes it to `training_step`.
+        """
         model = (model if self._compiled is None else self._compiled).eval()
-        perturbation, losses = self._perturbation(), self._losses
+        run, passes = self.run, self._passes
+        perturbation, losses = run.perturbation(self.model, passes.streamed), passes.losses
         if model is not self.model:
             losses = self._compiled_losses(model, perturbation, losses)
-        secret = seeded_secret(self.args.seed) if config.deterministic else new_secret()
-        step = PrivateStep(
-            model,
-            plan,
-            batches=self._private_batches(PoissonSampler(plan.num_units, plan.sample_rate, secret), self._shapes),
-            losses=losses,
-            perturbation=perturbation,
-            optimizer=self._dpzero_optimizer,
-            journal=self._journal,
-            segments=self._segments,
-            accelerator=self.accelerator,
-        )
-        released = {entry.released.step + 1: entry.released.loss for entry in step.replayed}
-        self._private_losses = {done: loss for done, loss in released.items() if loss is not None}
-        return step
+        dataset, collate = self._sampled()
+        secret = seeded_secret(self.args.seed) if self.dpzero_config.deterministic else None
+        batches = run.batches(dataset, collate, passes.shapes, secret)
+        run.begin(model, batches, losses, perturbation, self._dpzero_optimizer)
 
-    def _private_batches(self, sampler: PoissonSampler, shapes: Shapes) -> LogicalBatches:
-        dataset, collate = self.train_dataset, self.data_collator
+    def private_collator(self) -> Callable[[list[Any]], dict[str, Any]]:
+        """Makes what goes through the model of a row as it was given: columns that the model does not take are left
+        out."""
+        collate = self.data_collator
         if (unit := self.dpzero_config.privacy_unit) is not None:
             collate = without_column(collate, unit)
+        return self._get_collator_with_removed_columns(collate, description="training")  # type: ignore[no-any-return]
+
+    def _sampled(self) -> tuple[Any, Callable[[list[Any]], dict[str, Any]]]:
+        """The training data without columns that the model does not take, where that is cheap, and its collator."""
+        dataset = self.train_dataset
         if hasattr(dataset, "remove_columns"):
             dataset = self._remove_unused_columns(dataset, description="training")
-        else:
-            collate = self._get_collator_with_removed_columns(collate, description="training")
-        return LogicalBatches(
-            dataset, sampler, collate, shapes, self.args.process_index, self.args.world_size, self._units
-        )
+        return dataset, self.private_collator()
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Paces the loop, one empty item a step; the step draws its own batch."""
-        return step_loader(self._num_units, self._steps_per_epoch)
+        return step_loader(self.run.num_units, self.logical_batch_size)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """The logical batch."""
@@ -273,14 +262,10 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin, ReportingMixin):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Makes the step's release and hands it to the optimizer. Returns 0, or the raw loss if it is not withheld."""
-        if self._step is None:
-            self._step = self._build_step(model)
-        report = self._step(self.state.global_step)
-        for listener in self.release_listeners:
-            listener(report.released)
-        self._grad_norm = report.released.norm
-        if report.released.loss is not None:
-            self._private_losses[self.state.global_step + 1] = report.released.loss
+        if self.run.step is None:
+            self.begin_steps(model)
+        report = self.run.release(self.state.global_step)
+        self._estimate = report.estimate
         return torch.tensor(report.nonprivate_loss or 0.0, device=self.args.device)
 
     def compute_loss(
@@ -305,8 +290,16 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin, ReportingMixin):
                 {"params": [p for n, p in named if n not in decay], "weight_decay": 0.0},
             ]
             self.optimizer = DPZeroOptimizer([g for g in groups if g["params"]], lr=self.args.learning_rate)
-        self._dpzero_optimizer = _as_dpzero_optimizer(self.optimizer)
+        optimizer = _as_dpzero_optimizer(self.optimizer)
+        if getattr(self, "_dpzero_optimizer", None) is not optimizer:
+            self._dpzero_optimizer = optimizer
+            # The loop calls step() without arguments.
+            optimizer.register_step_pre_hook(lambda *_: ((optimizer, self._taken_estimate()), {}))
         return self.optimizer
+
+    def _taken_estimate(self) -> Estimate | None:
+        estimate, self._estimate = self._estimate, None
+        return estimate
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in the Trainer, but models are never wrapped in DDP: nothing is synchronized but the K sums."""
@@ -326,14 +319,6 @@ class DPZeroTrainerMixin(SavingMixin, ResumingMixin, ReportingMixin):
 
 class DPZeroTrainer(DPZeroTrainerMixin, Trainer):  # type: ignore[misc]
     """`transformers.Trainer` that fine-tunes privately with forward passes only. See `DPZeroTrainerMixin`."""
-
-
-def _warn_of_single_rows(reason: str) -> None:
-    warnings.warn(
-        f"Rows go through the model one at a time, which takes longer: {reason}. If you can vouch that no row's loss "
-        "depends on the rows beside it, set rows_asserted_independent=True; the privacy record will say so.",
-        stacklevel=4,
-    )
 
 
 def _as_dpzero_optimizer(optimizer: Any) -> DPZeroOptimizer:

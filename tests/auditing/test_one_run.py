@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer, LogicalBatches, PoissonSampler, Shapes, audit
+from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer, audit
 from peft_dpzero.auditing.canaries import CanaryData, random_canaries
-from peft_dpzero.estimation.sampling import seeded_secret
+from peft_dpzero.estimation.batching import LogicalBatches
+from peft_dpzero.estimation.sampling import PoissonSampler, seeded_secret
+from peft_dpzero.estimation.shapes import Shapes
 from peft_dpzero.estimation.units import units_by_column
 from transformers import default_data_collator
 

@@ -10,19 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft_dpzero import (
-    DPZeroConfig,
-    DPZeroError,
-    LogicalBatches,
-    Perturbation,
-    PoissonSampler,
-    Shapes,
-    make_plan,
-    new_secret,
-)
+from peft_dpzero import DPZeroConfig, DPZeroError, make_plan
 from peft_dpzero.checks.agreement import check_agreement
+from peft_dpzero.estimation.batching import LogicalBatches
 from peft_dpzero.estimation.fingerprint import content_digest
+from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
+from peft_dpzero.estimation.shapes import Shapes
 from peft_dpzero.estimation.units import units_by_column
+from peft_dpzero.perturbation.perturbation import Perturbation
 from torch import nn
 
 SHAPES = Shapes(expected_rows=8, most_rows=4, limit=64)

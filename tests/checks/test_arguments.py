@@ -10,9 +10,11 @@ import pytest
 import torch
 from datasets import IterableDataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer, DPZeroTrainerMixin, Perturbation, Shapes, infer_task
+from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer, DPZeroTrainerMixin, infer_task
 from peft_dpzero.checks.arguments import check_arguments
 from peft_dpzero.checks.probe import Probe
+from peft_dpzero.estimation.shapes import Shapes
+from peft_dpzero.perturbation.perturbation import Perturbation
 from transformers import (
     DataCollatorWithFlattening,
     GPT2Config,

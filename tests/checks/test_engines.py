@@ -16,21 +16,12 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft_dpzero import (
-    DPZeroConfig,
-    DPZeroError,
-    DPZeroTrainer,
-    Losses,
-    Perturbation,
-    Probe,
-    TokenTask,
-    infer_task,
-    replay_journal,
-    verify,
-)
+from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer, TokenTask, infer_task, replay_journal, verify
+from peft_dpzero.checks.probe import Probe
 from peft_dpzero.checks.quantized import check_quantization
 from peft_dpzero.estimation.differences import losses_at
-from peft_dpzero.estimation.losses import Shortcuts
+from peft_dpzero.estimation.losses import Losses, Shortcuts
+from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.training.offloading import bring_trained_into_memory
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -300,9 +291,8 @@ def test_quantized_bases_train_under_lora(
     assert all(p.dtype == torch.float32 for p in start.values())
     run = trainer(tmp_path, model, rows_of_many_lengths("causal_lm"))
     run.train()
-    assert run._losses is not None
-    assert run._losses.shortcuts.stacked
-    assert run._losses.shortcuts.label_logits is not None
+    assert run._passes.losses.shortcuts.stacked
+    assert run._passes.losses.shortcuts.label_logits is not None
     assert frozen_bytes(model) == frozen
     assert not any(torch.equal(start[name], value) for name, value in trained(model).items())
     assert "batching rule" not in capfd.readouterr().err

@@ -9,20 +9,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from datasets import Dataset
-from peft_dpzero import (
-    DPZeroConfig,
-    DPZeroError,
-    DPZeroTrainer,
-    Perturbation,
-    Shapes,
-    Task,
-    TokenTask,
-    Verbalizer,
-    infer_task,
-)
+from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer, Task, TokenTask, Verbalizer, infer_task
 from peft_dpzero.checks.causes import check_batch_norm
 from peft_dpzero.checks.probe import Probe
+from peft_dpzero.estimation.shapes import Shapes
 from peft_dpzero.estimation.tasks import FunctionTask
+from peft_dpzero.perturbation.perturbation import Perturbation
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, PreTrainedTokenizerFast

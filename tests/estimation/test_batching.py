@@ -11,8 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft_dpzero import DPZeroError, LogicalBatches, PoissonSampler, Shapes, new_secret
-from peft_dpzero.estimation.sampling import seeded_secret
+from peft_dpzero import DPZeroError
+from peft_dpzero.estimation.batching import LogicalBatches
+from peft_dpzero.estimation.sampling import PoissonSampler, new_secret, seeded_secret
+from peft_dpzero.estimation.shapes import Shapes
 from peft_dpzero.training.pacing import step_loader
 
 from tiny import drawn_values

@@ -14,8 +14,6 @@ from peft_dpzero import (
     DPZeroConfig,
     DPZeroError,
     FunctionTask,
-    Losses,
-    Perturbation,
     Seq2SeqTask,
     Task,
     TokenTask,
@@ -24,9 +22,11 @@ from peft_dpzero import (
 )
 from peft_dpzero.estimation.batching import LogicalBatch
 from peft_dpzero.estimation.differences import estimate_differences
+from peft_dpzero.estimation.losses import Losses
 from peft_dpzero.estimation.shapes import may_have_company
 from peft_dpzero.estimation.shortcuts.label_logits import FullLogits
 from peft_dpzero.mechanism.private_sum import PrivateSum
+from peft_dpzero.perturbation.perturbation import Perturbation
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from peft_dpzero import Losses, Perturbation, Probe, Task, TokenTask, Verbalizer, infer_task
+from peft_dpzero import Task, TokenTask, Verbalizer, infer_task
+from peft_dpzero.checks.probe import Probe
 from peft_dpzero.estimation.differences import losses_at
-from peft_dpzero.estimation.losses import Shortcuts
+from peft_dpzero.estimation.losses import Losses, Shortcuts
 from peft_dpzero.estimation.shortcuts.label_logits import OutputHead
+from peft_dpzero.perturbation.perturbation import Perturbation
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

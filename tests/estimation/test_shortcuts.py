@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from peft_dpzero import Losses, Perturbation, Probe, TokenTask, infer_task
+from peft_dpzero import TokenTask, infer_task
+from peft_dpzero.checks.probe import Probe
 from peft_dpzero.estimation.differences import losses_at
-from peft_dpzero.estimation.losses import Shortcuts
+from peft_dpzero.estimation.losses import Losses, Shortcuts
 from peft_dpzero.estimation.shortcuts.merged_lora import MergedLora
 from peft_dpzero.estimation.shortcuts.read_positions import NarrowedLayers
+from peft_dpzero.perturbation.perturbation import Perturbation
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -10,16 +10,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from peft_dpzero import (
-    DPZeroConfig,
-    DPZeroError,
-    DPZeroTrainer,
-    LogicalBatches,
-    PoissonSampler,
-    Released,
-    Shapes,
-    new_secret,
-)
+from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer, Released
+from peft_dpzero.estimation.batching import LogicalBatches
+from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
+from peft_dpzero.estimation.shapes import Shapes
 from peft_dpzero.estimation.units import units_by_column
 from peft_dpzero.mechanism.private_sum import PrivateSum
 

@@ -7,8 +7,9 @@ import json
 import dp_accounting
 import pytest
 from dp_accounting.pld import PLDAccountant
-from peft_dpzero import DPZeroConfig, DPZeroError, make_plan, privacy_record
+from peft_dpzero import DPZeroConfig, DPZeroError, make_plan
 from peft_dpzero.mechanism.accountant import Accountant, Segment
+from peft_dpzero.release.record import privacy_record
 
 ACCOUNTANT = Accountant("add_or_remove_one", 1e-5, "gaussian")
 

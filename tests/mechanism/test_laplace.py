@@ -9,11 +9,12 @@ from dp_accounting import LaplaceDpEvent, NeighboringRelation, PoissonSampledDpE
 from dp_accounting.pld import PLDAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft_dpzero import DPZeroConfig, make_plan, privacy_record
+from peft_dpzero import DPZeroConfig, make_plan
 from peft_dpzero.mechanism.clipping import SENSITIVITY
 from peft_dpzero.mechanism.laplace import laplace_epsilon, laplace_noise_multiplier
 from peft_dpzero.mechanism.noise import ExactNoise
 from peft_dpzero.mechanism.private_sum import PrivateDifferences, PrivateSum
+from peft_dpzero.release.record import privacy_record
 from scipy import stats
 
 RELATIONS = ("add_or_remove_one", "replace_one")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft_dpzero import DPZeroConfig, PoissonSampler, new_secret
+from peft_dpzero import DPZeroConfig
+from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
 from peft_dpzero.mechanism.clipping import SENSITIVITY, clip
 from peft_dpzero.mechanism.noise import ExactNoise
 from peft_dpzero.mechanism.private_sum import PrivateDifferences, PrivateSum

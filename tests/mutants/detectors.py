@@ -10,10 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft_dpzero import DPZeroTrainer, LogicalBatches, Perturbation, PoissonSampler, Shapes, new_secret
+from peft_dpzero import DPZeroTrainer, Estimate
+from peft_dpzero.estimation.batching import LogicalBatches
+from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
+from peft_dpzero.estimation.shapes import Shapes
 from peft_dpzero.mechanism.accountant import Accountant, Segment
 from peft_dpzero.mechanism.clipping import SENSITIVITY
 from peft_dpzero.mechanism.private_sum import PrivateDifferences, PrivateSum
+from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.release.optimizer import DPZeroOptimizer
 from scipy import stats
 from torch import nn
@@ -132,10 +136,9 @@ def a_release_moves_the_parameters_once() -> None:
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = DPZeroOptimizer(model.parameters(), lr=0.1)
     released = release(torch.ones(2, 4))
-    optimizer.load(released, perturbation)
-    for _ in range(2):
+    for estimate in (Estimate(released, perturbation), None):
         try:
-            optimizer.step()
+            optimizer.step(estimate)
         except RuntimeError:
             break
     for name, parameter in model.named_parameters():

@@ -9,7 +9,7 @@ from typing import Any
 import detectors
 import numpy as np
 import peft_dpzero.mechanism.private_sum as private_sum
-import peft_dpzero.training.trainer as trainer
+import peft_dpzero.training.run as run
 import pytest
 import torch
 from peft_dpzero.estimation.batching import LogicalBatches
@@ -176,24 +176,23 @@ def sampled_at_twice_the_rate(patch: Patch) -> None:
 
 
 def sampled_by_args_seed(patch: Patch) -> None:
-    patch.setattr(trainer, "new_secret", lambda: seeded_secret(42))
+    patch.setattr(run, "new_secret", lambda: seeded_secret(42))
 
 
 def release_applied_twice(patch: Patch) -> None:
-    def step(self: DPZeroOptimizer, closure: Any = None) -> None:
-        pending = self._pending
-        _update(self, closure)
-        self._pending = pending
-        _update(self, closure)
+    def step(self: DPZeroOptimizer, estimate: Any = None) -> None:
+        _update(self, estimate)
+        _update(self, estimate)
 
     patch.setattr(DPZeroOptimizer, "step", step)
 
 
 def release_kept_for_the_next_step(patch: Patch) -> None:
-    def step(self: DPZeroOptimizer, closure: Any = None) -> None:
-        pending = self._pending
-        _update(self, closure)
-        self._pending = pending
+    kept: list[Any] = []
+
+    def step(self: DPZeroOptimizer, estimate: Any = None) -> None:
+        kept.extend([estimate] if estimate else [])
+        _update(self, kept[-1])
 
     patch.setattr(DPZeroOptimizer, "step", step)
 

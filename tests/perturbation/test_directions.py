@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from peft_dpzero import Perturbation
 from peft_dpzero.checks.probe import Probe
 from peft_dpzero.checks.shortcuts import find_trunk
 from peft_dpzero.perturbation.directions import Directions
+from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.perturbation.philox import WORDS_PER_BLOCK, _negative_quantiles, gaussian_table, philox
 from scipy import stats
 from torch import nn

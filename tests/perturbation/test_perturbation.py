@@ -7,9 +7,10 @@ from itertools import accumulate
 
 import pytest
 import torch
-from peft_dpzero import DPZeroError, DPZeroOptimizer, Perturbation, Released
+from peft_dpzero import DPZeroError, DPZeroOptimizer, Estimate, Released
 from peft_dpzero.checks.probe import Probe
 from peft_dpzero.checks.shortcuts import find_streamed
+from peft_dpzero.perturbation.perturbation import Perturbation
 from torch import Tensor, nn
 
 from tiny import tiny_model
@@ -120,8 +121,7 @@ def updated(threads: int, kept: int, dtype: torch.dtype, distribution: str, monk
     torch.set_num_threads(threads)
     try:
         for step in range(3):
-            optimizer.load(Released(step, (1, 2, 3), (0.3, -1.7, 0.01), 1.0), perturbation)
-            optimizer.step()
+            optimizer.step(Estimate(Released(step, (1, 2, 3), (0.3, -1.7, 0.01), 1.0), perturbation))
     finally:
         torch.set_num_threads(before)
     return bits(model)
@@ -261,8 +261,7 @@ def test_a_streamed_step_needs_one_modules_memory() -> None:
     def step(perturbation: Perturbation) -> None:
         with perturbation.at(0, 0, 1e-3):
             run()
-        optimizer.load(Released(0, (1, 2), (1.0, 2.0), 1.0), perturbation)
-        optimizer.step()
+        optimizer.step(Estimate(Released(0, (1, 2), (1.0, 2.0), 1.0), perturbation))
 
     streamed = find_streamed(Perturbation(model), run)
     assert whole <= peak_bytes(lambda: step(Perturbation(model))) < whole + module

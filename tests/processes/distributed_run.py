@@ -64,7 +64,7 @@ class CountingTrainer(DPZeroTrainer):
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         self.wrapped |= {type(model).__name__, type(self.model_wrapped).__name__}
         if not self.step_traffic:
-            self._step = self._build_step(model)  # Shares the start: no part of a step.
+            self.begin_steps(model)  # Shares the start: no part of a step.
         with Traffic() as traffic:
             result = super().training_step(model, *args, **kwargs)
         self.step_traffic.append(traffic.calls)
@@ -199,7 +199,7 @@ def main() -> None:
         "wrapped": sorted(trainer.wrapped),
         "step_traffic": trainer.step_traffic,
         "train_traffic": traffic.calls,
-        "has_journal": trainer._journal is not None,
+        "has_journal": trainer.run.journal is not None,
         "logs": trainer.state.log_history,
     }
     (out / f"report-{rank}.json").write_text(json.dumps(report))

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft_dpzero import DPZeroError, Journal
-from peft_dpzero.release.journal import read_journal
+from peft_dpzero import DPZeroError
+from peft_dpzero.release.journal import Journal, read_journal
 
 HEADER = {"config": {"noise_multiplier": 1.0}, "steps": 6, "first_step": 0}
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft_dpzero import DPZeroOptimizer, Perturbation, Released
+from peft_dpzero import DPZeroOptimizer, Estimate, Released
+from peft_dpzero.perturbation.perturbation import Perturbation
 from torch import nn
 
 
@@ -18,8 +19,7 @@ def test_updates_equal_the_formula(momentum: float) -> None:
     velocity = {name: torch.zeros_like(value) for name, value in theta.items()}
     for step in range(4):
         coefficients = (0.3 * step, -1.0)
-        optimizer.load(Released(step, (1, 2), coefficients, 1.0), perturbation)
-        optimizer.step()
+        optimizer.step(Estimate(Released(step, (1, 2), coefficients, 1.0), perturbation))
         for name, (rate, decay) in {"weight": (0.2, 0.1), "bias": (0.5, 0.0)}.items():
             z = [perturbation.directions.entry(step, k, name).double() for k in range(2)]
             gradient = coefficients[0] * z[0] + coefficients[1] * z[1] + decay * theta[name]
@@ -32,9 +32,8 @@ def test_updates_equal_the_formula(momentum: float) -> None:
 def test_a_release_is_used_once() -> None:
     model = nn.Linear(2, 2)
     optimizer = DPZeroOptimizer(model.parameters(), lr=0.1)
-    optimizer.load(Released(0, (1,), (1.0,), 1.0), Perturbation(model))
-    optimizer.step()
-    with pytest.raises(RuntimeError, match="exactly once"):
+    optimizer.step(Estimate(Released(0, (1,), (1.0,), 1.0), Perturbation(model)))
+    with pytest.raises(RuntimeError, match="no release to apply"):
         optimizer.step()
 
 
@@ -45,8 +44,7 @@ def test_small_updates_add_up_in_half_precision() -> None:
     optimizer = DPZeroOptimizer(model.parameters(), lr=1e-5)
     total = torch.zeros(64, 64, dtype=torch.float64)
     for step in range(300):
-        optimizer.load(Released(0, (1,), (1.0,), 1.0), perturbation)
-        optimizer.step()
+        optimizer.step(Estimate(Released(0, (1,), (1.0,), 1.0), perturbation))
         total += 1e-5 * perturbation.directions.entry(0, 0, "weight").double()
         if step == 150:
             saved = optimizer.state_dict()

@@ -10,23 +10,16 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
-from peft_dpzero import (
-    DPZeroConfig,
-    DPZeroOptimizer,
-    Journal,
-    Perturbation,
-    make_plan,
-    plan_header,
-    privacy_record,
-    replay_journal,
-    save_card,
-    save_record,
-    save_start,
-    with_digests,
-)
+from peft_dpzero import DPZeroConfig, DPZeroOptimizer, make_plan, replay_journal
 from peft_dpzero.mechanism.clipping import SENSITIVITY
-from peft_dpzero.release.journal import JournalEntry, JournalSegment
+from peft_dpzero.perturbation.perturbation import Perturbation
+from peft_dpzero.release.bundle import with_digests
+from peft_dpzero.release.card import save_card
+from peft_dpzero.release.header import plan_header
+from peft_dpzero.release.journal import Journal, JournalEntry, JournalSegment
 from peft_dpzero.release.plausibility import measured
+from peft_dpzero.release.record import privacy_record, save_record
+from peft_dpzero.release.start import save_start
 from torch import Tensor
 
 from release.releases import LORA, failures
@@ -154,7 +147,7 @@ def forged(folder: Path, rate: float | None = None) -> float:
     config.save_pretrained(release)
     record = privacy_record(plan, 1)
     save_record(with_digests(record, release, journal, perturbation), release)
-    save_card(record, release, None, "peft")
+    save_card(record, release, model)
     return size / rate
 
 

@@ -59,7 +59,7 @@ def test_a_crash_while_files_are_put_in_place_is_told(tmp_path: Path, monkeypatc
     older = tmp_path / "older"
     shutil.copytree(release, older)
     with torch.no_grad():
-        for parameter in run._perturbation().parameters.values():
+        for parameter in run.run.perturbation(run.model).parameters.values():
             parameter.add_(1.0)
     steps = len(list(release.iterdir()))
     for crash in range(1, steps):

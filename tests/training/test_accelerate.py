@@ -14,22 +14,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
-from peft_dpzero import (
-    DPZeroConfig,
-    DPZeroError,
-    DPZeroOptimizer,
-    DPZeroTrainer,
-    LogicalBatches,
-    Losses,
-    Perturbation,
-    PoissonSampler,
-    PrivateStep,
-    Shapes,
-    infer_task,
-    make_plan,
-    new_secret,
-)
+from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroOptimizer, DPZeroTrainer, infer_task, make_plan
+from peft_dpzero.estimation.batching import LogicalBatches
+from peft_dpzero.estimation.losses import Losses
+from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
+from peft_dpzero.estimation.shapes import Shapes
+from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.release.journal import read_journal
+from peft_dpzero.step import PrivateStep
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM

@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft_dpzero import DPZeroConfig, DPZeroError, Losses, Perturbation, Probe, Shapes, Task
+from peft_dpzero import DPZeroConfig, DPZeroError, Task
+from peft_dpzero.checks.probe import Probe
 from peft_dpzero.estimation.batching import LogicalBatches
 from peft_dpzero.estimation.differences import estimate_differences
+from peft_dpzero.estimation.losses import Losses
 from peft_dpzero.estimation.sampling import PoissonSampler
+from peft_dpzero.estimation.shapes import Shapes
 from peft_dpzero.mechanism.contribution import Contributions
+from peft_dpzero.perturbation.perturbation import Perturbation
 from torch import Tensor, nn
 
 from zoo.architectures import VOCABULARY
