@@ -25,7 +25,7 @@ unit: $(VENV)/.ready
 	$(RUN)/pytest -n 2 --dist loadfile
 
 zoo: $(VENV)/.ready
-	PYTHONPATH=tests $(RUN)/python tests/zoo/table.py
+	PYTHONPATH=tests:benchmarks $(RUN)/python tests/zoo/table.py
 	$(RUN)/pytest -n 2 -m zoo tests/zoo
 
 # BENCH="--quick", BENCH="--only gemma_lora" and the like go through to the script.

@@ -1,4 +1,4 @@
-"""Modules' forwards, replaced or watched for a while."""
+"""Modules: adapters' base layers, and forwards that are replaced or watched for a while."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 Forward = Callable[..., Any]
+
+
+def base_layer(layer: Any) -> nn.Module:
+    """The layer that a layer of PEFT's adapts."""
+    base: nn.Module = layer.get_base_layer()
+    return base
 
 
 @contextmanager

@@ -1,13 +1,12 @@
 """Writes the table of docs/zoo.md, between its markers, from a run of every architecture.
 
-PYTHONPATH=tests python tests/zoo/table.py [--page docs/zoo.md]
+PYTHONPATH=tests:benchmarks python tests/zoo/table.py [--page docs/zoo.md]
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +14,12 @@ from pathlib import Path
 import torch
 import transformers
 
+from tables import insert
 from zoo.architectures import ARCHITECTURES, Architecture, attentions
 from zoo.neighbors import ALL, SHORTCUTS, Finding
 from zoo.test_zoo import DTYPES, examined
 
 ROOT = Path(__file__).resolve().parents[2]
-MARKED = "<!-- {0} -->\n(.*?)<!-- end of {0} -->"
 HEADER = ("architecture", "weights", "attention", "other rows", "what it does")
 
 
@@ -38,14 +37,7 @@ def main() -> None:
         for line in _lines(architecture):
             print(line, flush=True)
             lines.append(line)
-    write(page, "zoo", "\n".join(lines))
-
-
-def write(page: Path, name: str, text: str) -> None:
-    """Replaces what is between the markers `name` of the page."""
-    replacement = f"<!-- {name} -->\n{text}\n<!-- end of {name} -->"
-    old = page.read_text(encoding="utf-8")
-    page.write_text(re.sub(MARKED.format(name), lambda _: replacement, old, flags=re.DOTALL), encoding="utf-8")
+    insert(page, "zoo", "\n".join(lines))
 
 
 def _lines(architecture: Architecture) -> Iterator[str]:

@@ -18,7 +18,7 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_dpzero.modules import Forward, replaced_forwards
+from peft_dpzero.modules import Forward, base_layer, replaced_forwards
 
 # Entries of the sums that are kept while the parameters are at one point: 64 MiB of float32.
 KEPT_ENTRIES = 1 << 24
@@ -35,7 +35,7 @@ class MergedLora:
     def __init__(self, model: nn.Module, always: bool = False) -> None:
         self.always = always
         self.layers = [module for module in model.modules() if type(module) is Linear and _is_plain(module)]
-        sizes = itertools.accumulate(_base_weight(layer).numel() for layer in self.layers)
+        sizes = itertools.accumulate(_size(base_layer(layer)) for layer in self.layers)
         self._kept = [layer for layer, size in zip(self.layers, sizes, strict=True) if size <= KEPT_ENTRIES]
 
     @contextmanager
@@ -46,20 +46,19 @@ class MergedLora:
             yield
 
 
-def _base_weight(layer: Any) -> Tensor:
-    weight: Tensor = layer.get_base_layer().weight
-    return weight
+def _size(layer: Any) -> int:
+    return int(layer.weight.numel())
 
 
 def _is_plain(layer: Linear) -> bool:
-    base = layer.get_base_layer()
+    base: Any = base_layer(layer)
     wide = type(base) in (nn.Linear, Conv1D) and base.weight.dtype in (torch.float32, torch.float64)
     return wide and not layer.lora_variant and not any(layer.lora_bias.values())
 
 
 def _merged_forward(layer: Linear, always: bool, keeps: bool) -> Forward:
     apart = layer.forward
-    base: Any = layer.get_base_layer()
+    base: Any = base_layer(layer)
     kept: dict[tuple[str, ...], Tensor] = {}
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_dpzero.estimation.shortcuts.filled_rows import filled
-from peft_dpzero.modules import Forward, hooked, replaced_forwards
+from peft_dpzero.modules import Forward, base_layer, hooked, replaced_forwards
 
 # (length of the outputs) → rows and positions that are read, both (n,), row by row and as many of each; None for all.
 Positions = Callable[[int], tuple[Tensor, Tensor] | None]
@@ -89,18 +89,13 @@ def last_modules(model: nn.Module, run: Callable[[], object]) -> list[nn.Module]
         alike = len(args) == 1 and not kwargs and all(isinstance(t, Tensor) and t.ndim == 3 for t in (*args, output))
         ended[module] = alike and module not in ended and args[0].shape[:2] == output.shape[:2]
 
-    layers = [module for module in model.modules() if type(module) is LoraLinear and _is_linear(_base_of(module))]
+    layers = [module for module in model.modules() if type(module) is LoraLinear and _is_linear(base_layer(module))]
     inside = {child for layer in layers for child in layer.modules() if child is not layer}
     single = [m for m in model.modules() if m not in inside and (m in layers or _works_token_by_token(m))]
     handles = [module.register_forward_hook(note, with_kwargs=True) for module in single]
     with hooked(handles):
         run()
     return [module for module, alike in reversed(ended.items()) if alike]
-
-
-def _base_of(layer: Any) -> nn.Module:
-    base: nn.Module = layer.get_base_layer()
-    return base
 
 
 def _is_linear(module: nn.Module) -> bool:
