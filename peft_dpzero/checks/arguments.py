@@ -14,11 +14,17 @@ from torch.utils.data import IterableDataset
 
 from peft_dpzero.errors import DPZeroError
 
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 # (argument of TrainingArguments, is it set?, why it is refused and what to do)
 _REFUSED_ARGUMENTS: Sequence[tuple[str, Callable[[Any], bool], str]] = (
     ("deepspeed", bool, "DeepSpeed shards the parameters that are perturbed: use accelerate launch without it."),
     ("fsdp", bool, "FSDP shards the parameters that are perturbed: use accelerate launch without it."),
     ("fp16", bool, "its gradient scaler needs a backward pass: use bf16=True or float32."),
+    (
+        "optim",
+        lambda v: getattr(v, "value", v) not in (None, *OPTIMIZERS),
+        "releases are applied by adamw_torch or sgd: use one of them.",
+    ),
     ("neftune_noise_alpha", lambda v: v is not None, "NEFTune adds noise of its own to every forward pass."),
     ("auto_find_batch_size", bool, "a restart would repeat releases unaccounted: set the batch size yourself."),
     ("torch_empty_cache_steps", lambda v: v is not None, "it serves the backward pass, and there is none."),

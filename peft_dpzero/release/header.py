@@ -17,9 +17,9 @@ from peft_dpzero.release.frozen import frozen_header
 from peft_dpzero.release.journal import JournalSegment
 from peft_dpzero.release.optimizer import DPZeroOptimizer
 
-FORMAT_VERSION = 3
-# Version 2 lacks `requested`, `adapter` and `frozen`.
-READABLE_VERSIONS = (2, 3)
+FORMAT_VERSION = 4
+# Version 2 lacks `requested`, `adapter` and `frozen`; before version 4 all updates were SGD.
+READABLE_VERSIONS = (2, 3, 4)
 _SINCE_3 = ("requested", "adapter", "frozen")
 
 
@@ -68,9 +68,8 @@ def plan_header(
 
 def in_version(header: dict[str, Any], version: int) -> dict[str, Any]:
     """`header` as an older version of this package would have written it, for a run that was begun by one."""
-    if version >= FORMAT_VERSION:
-        return header
-    return {key: value for key, value in header.items() if key not in _SINCE_3} | {"format_version": version}
+    missing = _SINCE_3 if version < 3 else ()
+    return {key: value for key, value in header.items() if key not in missing} | {"format_version": version}
 
 
 def segment_config(segment: JournalSegment) -> DPZeroConfig:

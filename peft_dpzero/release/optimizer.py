@@ -1,16 +1,22 @@
-"""SGD on the released estimate: a `torch.optim.Optimizer` that needs no gradients."""
+"""Updates by the released estimate: `torch.optim.Optimizer`s that need no gradients."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from peft_dpzero.errors import DPZeroError
 from peft_dpzero.mechanism.private_sum import Released
 from peft_dpzero.perturbation.perturbation import Perturbation, add_shift
+
+Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
+# Takes a piece of the flattened estimate ĝ, which it may overwrite, and changes that piece of the parameter.
+Update = Callable[[slice, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -30,32 +36,17 @@ class Estimate:
 
 
 class DPZeroOptimizer(torch.optim.Optimizer):
-    """θ ← θ − η (Σ_k ĝ_k z_k + weight decay · θ), post-processing of what was released.
+    """What updates by a released estimate share; use `DPZeroAdamW` or `DPZeroSGD`.
 
-    Learning-rate schedules, parameter groups and checkpoints work as with any torch optimizer. Parameters in half
-    precision get a float32 master copy in the optimizer's state, so that small updates add up.
-
-    Args:
-        params: parameters or groups, as for `torch.optim.SGD`.
-        lr: η.
-        weight_decay: L2 coefficient, added to the gradient.
-        momentum: factor of the running sum of past estimates; 0 keeps none.
+    All of it is post-processing of what was released. Learning-rate schedules, parameter groups and checkpoints work as
+    with any torch optimizer. Parameters in half precision get a float32 master copy in the optimizer's state, so that
+    small updates add up.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float = 1e-3,
-        weight_decay: float = 0.0,
-        momentum: float = 0.0,
-    ) -> None:
-        if lr < 0:
-            raise ValueError(f"lr must be >= 0, got {lr!r}.")
-        if weight_decay < 0:
-            raise ValueError(f"weight_decay must be >= 0, got {weight_decay!r}.")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must lie in [0, 1), got {momentum!r}.")
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+    # Fields of a group, besides η, that the update depends on.
+    hyperparameters: ClassVar[tuple[str, ...]] = ()
+    # The rule's name in the journal; that of SGD is not written.
+    rule: ClassVar[str | None] = None
 
     @property
     def learning_rates(self) -> tuple[float, ...]:
@@ -63,12 +54,13 @@ class DPZeroOptimizer(torch.optim.Optimizer):
         return tuple(float(group["lr"]) for group in self.param_groups)
 
     def settings(self, perturbation: Perturbation) -> list[dict[str, Any]]:
-        """What the update depends on besides η: weight decay, momentum and parameter names of each group."""
+        """What the update depends on besides η, JSON-ready: its rule, hyper-parameters and parameter names by group."""
         names = {parameter: name for name, parameter in perturbation.parameters.items()}
+        rule = {} if self.rule is None else {"rule": self.rule}
         return [
             {
-                "weight_decay": group["weight_decay"],
-                "momentum": group["momentum"],
+                **rule,
+                **{key: group[key] for key in self.hyperparameters},
                 "params": [names[parameter] for parameter in group["params"] if parameter in names],
             }
             for group in self.param_groups
@@ -92,7 +84,7 @@ class DPZeroOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{len(rates)} learning rates for {len(self.param_groups)} groups of parameters.")
         names = {parameter: name for name, parameter in perturbation.parameters.items()}
         values: dict[str, Tensor] = {}
-        updates: dict[str, Callable[[slice, Tensor], None]] = {}
+        updates: dict[str, Update] = {}
         for group, rate in zip(self.param_groups, rates, strict=True):
             for parameter in group["params"]:
                 if parameter in names:
@@ -121,24 +113,14 @@ class DPZeroOptimizer(torch.optim.Optimizer):
         master: Tensor = state["master"]
         return master
 
-    def _update(
-        self, parameter: Tensor, value: Tensor, group: dict[str, Any], rate: float
-    ) -> Callable[[slice, Tensor], None]:
-        """How a piece of a flattened value takes its piece of the estimate, which is overwritten."""
-        decay, momentum = group["weight_decay"], group["momentum"]
-        if momentum:
-            velocity = (
-                self.state[parameter].setdefault("momentum", torch.zeros_like(value).view(parameter.shape)).view(-1)
-            )
+    def _update(self, parameter: Tensor, value: Tensor, group: dict[str, Any], rate: float) -> Update:
+        """The update of one step, of a parameter whose flattened `value` it changes."""
+        raise NotImplementedError
 
-        def update(part: slice, gradient: Tensor) -> None:
-            if decay:
-                gradient.add_(value[part].mul(decay))
-            if momentum:
-                gradient.copy_(velocity[part].mul_(momentum).add_(gradient))
-            add_shift(value[part], gradient.mul_(-rate), out=value[part])
-
-        return update
+    def _kept(self, parameter: Tensor, name: str, value: Tensor) -> Tensor:
+        """A flat view of the parameter's state `name`, which starts at zeros of the dtype of `value`."""
+        state: dict[str, Tensor] = self.state[parameter]
+        return state.setdefault(name, torch.zeros_like(value).view(parameter.shape)).view(-1)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but the float32 state of a half-precision parameter stays float32."""
@@ -148,3 +130,120 @@ class DPZeroOptimizer(torch.optim.Optimizer):
         for index, state in saved.items():
             for key, value in state.items():
                 self.state[order[index]][key] = value.clone().to(order[index].device)
+
+
+class DPZeroSGD(DPZeroOptimizer):
+    """m ← μm + ĝ + wθ, θ ← θ − ηm, with ĝ = Σ_k ĝ_k z_k.
+
+    Args:
+        params: parameters or groups, as for `torch.optim.SGD`.
+        lr: η.
+        weight_decay: w, the L2 coefficient.
+        momentum: μ; 0 keeps no state.
+    """
+
+    hyperparameters = ("weight_decay", "momentum")
+
+    def __init__(self, params: Parameters, lr: float = 1e-3, weight_decay: float = 0.0, momentum: float = 0.0) -> None:
+        _check_rates(lr, weight_decay)
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1), got {momentum!r}.")
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    def _update(self, parameter: Tensor, value: Tensor, group: dict[str, Any], rate: float) -> Update:
+        decay, momentum = group["weight_decay"], group["momentum"]
+        velocity = self._kept(parameter, "momentum", value) if momentum else None
+
+        def update(part: slice, gradient: Tensor) -> None:
+            if decay:
+                gradient.add_(value[part].mul(decay))
+            if velocity is not None:
+                gradient.copy_(velocity[part].mul_(momentum).add_(gradient))
+            add_shift(value[part], gradient.mul_(-rate), out=value[part])
+
+        return update
+
+
+class DPZeroAdamW(DPZeroOptimizer):
+    """AdamW (arXiv 1711.05101, Algorithm 2) on the released estimate ĝ = Σ_k ĝ_k z_k.
+
+    m ← β₁m + (1 − β₁)ĝ, v ← β₂v + (1 − β₂)ĝ², θ ← (1 − ηw)θ − η m̂ / (√v̂ + ε), with m̂ and v̂ corrected for their
+    start at 0. A step moves each number by about η at most, whatever the size of the losses.
+
+    Args:
+        params: parameters or groups, as for `torch.optim.AdamW`.
+        lr: η.
+        betas: β₁ and β₂.
+        eps: ε.
+        weight_decay: w.
+    """
+
+    hyperparameters = ("weight_decay", "betas", "eps")
+    rule = "adamw"
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        _check_rates(lr, weight_decay)
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must lie in [0, 1), got {betas!r}.")
+        if eps <= 0:
+            raise ValueError(f"eps must be > 0, got {eps!r}.")
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+
+    def _update(self, parameter: Tensor, value: Tensor, group: dict[str, Any], rate: float) -> Update:
+        state: dict[str, Any] = self.state[parameter]
+        state["step"] = state.get("step", torch.zeros((), dtype=torch.int64)) + 1
+        (beta1, beta2), steps = group["betas"], int(state["step"])
+        mean, square = (self._kept(parameter, name, value) for name in ("exp_avg", "exp_avg_sq"))
+        # η m̂ / (√v̂ + ε) with the corrections taken out of the division.
+        unbias = math.sqrt(1 - beta2**steps)
+        scale, eps, shrink = rate * unbias / (1 - beta1**steps), group["eps"] * unbias, 1 - rate * group["weight_decay"]
+
+        # One operation at a time: fused ones round otherwise at the ends of pieces, and replay wants the same bits.
+        def update(part: slice, gradient: Tensor) -> None:
+            mean[part].mul_(beta1).add_(gradient.mul(1 - beta1))
+            square[part].mul_(beta2).add_(gradient.mul_(gradient).mul_(1 - beta2))
+            torch.div(mean[part], square[part].sqrt().add_(eps), out=gradient)
+            if shrink != 1:
+                value[part].mul_(shrink)
+            add_shift(value[part], gradient.mul_(-scale), out=value[part])
+
+        return update
+
+
+_RULES: dict[str | None, type[DPZeroOptimizer]] = {kind.rule: kind for kind in (DPZeroSGD, DPZeroAdamW)}
+
+
+def optimizer_of(settings: list[dict[str, Any]], perturbation: Perturbation) -> DPZeroOptimizer:
+    """The optimizer that has these `settings`, at η = 0.
+
+    Args:
+        settings: as `DPZeroOptimizer.settings` gives them.
+        perturbation: over the model.
+
+    Raises:
+        DPZeroError: this version does not know the rule.
+    """
+    rules = {group.get("rule") for group in settings}
+    if len(rules) != 1 or not rules <= _RULES.keys():
+        raise DPZeroError(f"The journal's updates follow a rule that this version does not know: {rules}.")
+    kind = _RULES[rules.pop()]
+    groups = [
+        {key: group[key] for key in kind.hyperparameters}
+        | {"params": [perturbation.parameters[name] for name in group["params"]]}
+        for group in settings
+    ]
+    return kind(groups, lr=0.0)  # type: ignore[call-arg]
+
+
+def _check_rates(lr: float, weight_decay: float) -> None:
+    if lr < 0:
+        raise ValueError(f"lr must be >= 0, got {lr!r}.")
+    if weight_decay < 0:
+        raise ValueError(f"weight_decay must be >= 0, got {weight_decay!r}.")

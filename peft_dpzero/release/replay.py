@@ -15,7 +15,7 @@ from peft_dpzero.mechanism.private_sum import PrivateSum, Released
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.release.header import READABLE_VERSIONS, segment_config
 from peft_dpzero.release.journal import JOURNAL_NAME, JournalSegment, read_journal
-from peft_dpzero.release.optimizer import DPZeroOptimizer, Estimate
+from peft_dpzero.release.optimizer import Estimate, optimizer_of
 from peft_dpzero.release.start import load_start
 
 
@@ -74,7 +74,7 @@ def replay_journal(model: nn.Module, journal: str | Path, steps: int | None = No
     if list(perturbation.parameters) != [name for name, _, _ in header["trainable"]]:
         raise DPZeroError("The model's trainable parameters are in another order than in training.")
     load_start(perturbation, path.parent, header["start"])
-    optimizer = _optimizer(perturbation, header["optimizer"])
+    optimizer = optimizer_of(header["optimizer"], perturbation)
     for replayed in replayed_releases(segments)[:steps]:
         optimizer.step(Estimate(replayed.released, perturbation, replayed.learning_rates))
     return model
@@ -97,8 +97,3 @@ def _shape_as_trained(model: nn.Module, header: dict[str, Any]) -> None:
         parameter.requires_grad_(name in dtypes)
         if name in dtypes:
             parameter.data = parameter.data.to(dtypes[name])
-
-
-def _optimizer(perturbation: Perturbation, settings: list[dict[str, Any]]) -> DPZeroOptimizer:
-    groups = [{**group, "params": [perturbation.parameters[name] for name in group["params"]]} for group in settings]
-    return DPZeroOptimizer(groups, lr=0.0)

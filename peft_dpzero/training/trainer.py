@@ -39,9 +39,10 @@ from peft_dpzero.mechanism.private_sum import Released
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.processes import check_processes
 from peft_dpzero.release.digests import parameters_digest
-from peft_dpzero.release.optimizer import DPZeroOptimizer, Estimate
+from peft_dpzero.release.optimizer import Estimate
 from peft_dpzero.training.checkpoints import checkpoint_step, checkpoint_to_resume
 from peft_dpzero.training.offloading import bring_trained_into_memory, is_offloaded
+from peft_dpzero.training.optimizers import as_dpzero_optimizer, optimizer_for
 from peft_dpzero.training.pacing import step_loader
 from peft_dpzero.training.reporting import ReportingMixin
 from peft_dpzero.training.run import Run
@@ -111,7 +112,7 @@ class DPZeroTrainerMixin(SavingMixin, ReportingMixin):
         check_collator(self.data_collator)
         stop_checkpointing(self.model)
         if getattr(self, "optimizer", None) is not None:
-            _as_dpzero_optimizer(self.optimizer)
+            as_dpzero_optimizer(self.optimizer)
         check_compiled_parts(self.model)
         bring_trained_into_memory(self.model)
         self.task = as_task(per_example_loss, self.model)
@@ -277,10 +278,10 @@ class DPZeroTrainerMixin(SavingMixin, ReportingMixin):
         return (loss, {"logits": self.task.predictions(outputs, inputs)}) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """A `DPZeroOptimizer` over the Trainer's weight-decay groups, unless one was passed in.
+        """What `args.optim` asks for, over the Trainer's weight-decay groups, unless an optimizer was passed in.
 
         Raises:
-            DPZeroError: another kind of optimizer was passed.
+            DPZeroError: one that needs gradients was passed, or `args.optim_args` cannot be followed.
         """
         if getattr(self, "optimizer", None) is None:
             decay = set(self.get_decay_parameter_names(self.model))
@@ -289,8 +290,8 @@ class DPZeroTrainerMixin(SavingMixin, ReportingMixin):
                 {"params": [p for n, p in named if n in decay], "weight_decay": self.args.weight_decay},
                 {"params": [p for n, p in named if n not in decay], "weight_decay": 0.0},
             ]
-            self.optimizer = DPZeroOptimizer([g for g in groups if g["params"]], lr=self.args.learning_rate)
-        optimizer = _as_dpzero_optimizer(self.optimizer)
+            self.optimizer = optimizer_for(self.args, [g for g in groups if g["params"]])
+        optimizer = as_dpzero_optimizer(self.optimizer)
         if getattr(self, "_dpzero_optimizer", None) is not optimizer:
             self._dpzero_optimizer = optimizer
             # The loop calls step() without arguments.
@@ -319,13 +320,3 @@ class DPZeroTrainerMixin(SavingMixin, ReportingMixin):
 
 class DPZeroTrainer(DPZeroTrainerMixin, Trainer):  # type: ignore[misc]
     """`transformers.Trainer` that fine-tunes privately with forward passes only. See `DPZeroTrainerMixin`."""
-
-
-def _as_dpzero_optimizer(optimizer: Any) -> DPZeroOptimizer:
-    """`optimizer` without Accelerate's wrapper."""
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    if not isinstance(optimizer, DPZeroOptimizer):
-        raise DPZeroError(
-            f"{type(optimizer).__name__} needs gradients, and there are none: pass a DPZeroOptimizer, or no optimizer."
-        )
-    return optimizer

@@ -10,7 +10,16 @@ import pytest
 import torch
 from datasets import IterableDataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer, DPZeroTrainerMixin, infer_task
+from peft_dpzero import (
+    DPZeroAdamW,
+    DPZeroConfig,
+    DPZeroError,
+    DPZeroOptimizer,
+    DPZeroSGD,
+    DPZeroTrainer,
+    DPZeroTrainerMixin,
+    infer_task,
+)
 from peft_dpzero.checks.arguments import check_arguments
 from peft_dpzero.checks.probe import Probe
 from peft_dpzero.estimation.shapes import Shapes
@@ -248,3 +257,32 @@ def test_missing_labels_in_a_batch_name_the_fix(tmp_path: Path) -> None:
     run = DPZeroTrainer(adapted(), arguments(tmp_path), train_dataset=rows, dpzero_config=config())
     with pytest.raises(DPZeroError, match="no 'labels'"):
         run.train()
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "settings"),
+    [
+        ({}, DPZeroAdamW, {"betas": (0.9, 0.999), "eps": 1e-8}),
+        (
+            {"optim": "adamw_torch", "adam_beta2": 0.99, "adam_epsilon": 1e-6},
+            DPZeroAdamW,
+            {"betas": (0.9, 0.99), "eps": 1e-6},
+        ),
+        ({"optim": "sgd", "weight_decay": 0.1}, DPZeroSGD, {"momentum": 0.0, "weight_decay": 0.1}),
+        ({"optim": "sgd", "optim_args": "momentum=0.5"}, DPZeroSGD, {"momentum": 0.5}),
+    ],
+)
+def test_the_optimizer_is_what_the_arguments_ask_for(
+    changes: dict[str, Any], kind: type[DPZeroOptimizer], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    run = DPZeroTrainer(
+        adapted(), arguments(tmp_path, **changes), train_dataset=tiny_dataset("classifier"), dpzero_config=config()
+    )
+    optimizer = run.create_optimizer()
+    assert type(optimizer) is kind
+    assert settings.items() <= optimizer.param_groups[0].items()
+
+
+def test_other_optimizers_are_refused(tmp_path: Path) -> None:
+    refused(tmp_path, "optim=.*adafactor.* use one of them", optim="adafactor")
+    refused(tmp_path, "DPZeroSGD has no nesterov", optim="sgd", optim_args="nesterov=true")

@@ -229,6 +229,6 @@ def test_a_masking_collator_draws_from_the_secret_and_not_from_the_users_seed() 
 
 
 def test_the_trainers_loader_carries_no_data() -> None:
-    loader = step_loader(num_units=40, steps_per_epoch=5)
+    loader = step_loader(num_units=40, logical_batch_size=8)
     assert list(loader) == [{}] * 5
     assert (len(loader), len(loader.dataset)) == (5, 40)

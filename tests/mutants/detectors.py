@@ -18,7 +18,7 @@ from peft_dpzero.mechanism.accountant import Accountant, Segment
 from peft_dpzero.mechanism.clipping import SENSITIVITY
 from peft_dpzero.mechanism.private_sum import PrivateDifferences, PrivateSum
 from peft_dpzero.perturbation.perturbation import Perturbation
-from peft_dpzero.release.optimizer import DPZeroOptimizer
+from peft_dpzero.release.optimizer import DPZeroSGD
 from scipy import stats
 from torch import nn
 
@@ -134,7 +134,7 @@ def a_release_moves_the_parameters_once() -> None:
     model = nn.Linear(5, 3)
     perturbation = Perturbation(model, seed=5)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = DPZeroOptimizer(model.parameters(), lr=0.1)
+    optimizer = DPZeroSGD(model.parameters(), lr=0.1)
     released = release(torch.ones(2, 4))
     for estimate in (Estimate(released, perturbation), None):
         try:

@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from peft_dpzero import DPZeroError, DPZeroOptimizer, Estimate, Released
+from peft_dpzero import DPZeroAdamW, DPZeroError, DPZeroSGD, Estimate, Released
 from peft_dpzero.checks.probe import Probe
 from peft_dpzero.checks.shortcuts import find_streamed
 from peft_dpzero.perturbation.perturbation import Perturbation
@@ -110,13 +110,19 @@ def test_passes_nest_and_may_lie_in_inference_mode(kept: int, monkeypatch: pytes
     assert_restored(model, before)
 
 
-def updated(threads: int, kept: int, dtype: torch.dtype, distribution: str, monkeypatch: pytest.MonkeyPatch) -> Bits:
+def updated(
+    threads: int, kept: int, dtype: torch.dtype, distribution: str, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> Bits:
     monkeypatch.setattr("peft_dpzero.perturbation.perturbation.KEPT_ENTRIES", kept)
     monkeypatch.setattr("peft_dpzero.perturbation.directions._CHUNK_ENTRIES", 1 << 15)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(301, 333), nn.Linear(333, 3)).to(dtype)
     perturbation = Perturbation(model, seed=1, distribution=distribution)
-    optimizer = DPZeroOptimizer(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    optimizer = (
+        DPZeroSGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+        if rule == "sgd"
+        else DPZeroAdamW(model.parameters(), lr=0.1, weight_decay=0.01)
+    )
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -127,13 +133,14 @@ def updated(threads: int, kept: int, dtype: torch.dtype, distribution: str, monk
     return bits(model)
 
 
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher", "sphere"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_updates_are_the_same_bits_on_any_threads_kept_or_made_again(
-    dtype: torch.dtype, distribution: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, distribution: str, rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ways = [
-        updated(threads, kept, dtype, distribution, monkeypatch)
+        updated(threads, kept, dtype, distribution, rule, monkeypatch)
         for threads, kept in ((1, 1 << 22), (2, 1 << 22), (1, 0), (2, 0), (1, 150_000), (2, 250_000))
     ]
     for way in ways[1:]:
@@ -252,7 +259,7 @@ def peak_bytes(work: Callable[[], None]) -> int:
 def test_a_streamed_step_needs_one_modules_memory() -> None:
     model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(20)))
     module, whole = (4 * sum(p.numel() for p in part.parameters()) for part in (model[0], model))
-    optimizer = DPZeroOptimizer(model.parameters())
+    optimizer = DPZeroSGD(model.parameters())
 
     @torch.no_grad()
     def run() -> Tensor:

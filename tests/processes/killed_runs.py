@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft_dpzero import DPZeroConfig, DPZeroOptimizer, DPZeroTrainer
+from peft_dpzero import DPZeroConfig, DPZeroSGD, DPZeroTrainer
 from transformers.utils import logging
 
 from tiny import arguments, tiny_dataset, tiny_model
@@ -35,7 +35,7 @@ def train(folder: Path, private: bool) -> None:
     settings = arguments(
         folder, max_steps=STEPS, save_strategy="steps", save_steps=50 if private else 7, save_total_limit=3
     )
-    optimizer = DPZeroOptimizer([p for p in model.parameters() if p.requires_grad], lr=0.01, momentum=0.5)
+    optimizer = DPZeroSGD([p for p in model.parameters() if p.requires_grad], lr=0.01, momentum=0.5)
     trainer = DPZeroTrainer(
         model,
         settings,

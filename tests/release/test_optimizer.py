@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from peft_dpzero import DPZeroOptimizer, Estimate, Released
+from peft_dpzero import DPZeroAdamW, DPZeroOptimizer, DPZeroSGD, Estimate, Released
 from peft_dpzero.perturbation.perturbation import Perturbation
 from torch import nn
 
@@ -14,7 +17,7 @@ def test_updates_equal_the_formula(momentum: float) -> None:
     model = nn.Linear(5, 3)
     perturbation = Perturbation(model, seed=1)
     groups = [{"params": [model.weight], "weight_decay": 0.1}, {"params": [model.bias], "lr": 0.5}]
-    optimizer = DPZeroOptimizer(groups, lr=0.2, momentum=momentum)
+    optimizer = DPZeroSGD(groups, lr=0.2, momentum=momentum)
     theta = {name: p.detach().double().clone() for name, p in model.named_parameters()}
     velocity = {name: torch.zeros_like(value) for name, value in theta.items()}
     for step in range(4):
@@ -29,9 +32,50 @@ def test_updates_equal_the_formula(momentum: float) -> None:
         torch.testing.assert_close(parameter.detach().double(), theta[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.5)])
+def test_adamw_is_torchs_on_the_same_gradient(betas: tuple[float, float]) -> None:
+    model, reference = nn.Linear(5, 3), nn.Linear(5, 3).double()
+    reference.load_state_dict(model.state_dict())
+    perturbation = Perturbation(model, seed=1)
+
+    def groups(of: nn.Linear) -> list[dict[str, Any]]:
+        return [{"params": [of.weight], "weight_decay": 0.1}, {"params": [of.bias], "lr": 0.5}]
+
+    settings = {"lr": 0.2, "betas": betas, "eps": 1e-3, "weight_decay": 0.0}
+    ours, torchs = DPZeroAdamW(groups(model), **settings), torch.optim.AdamW(groups(reference), **settings)
+    for step in range(6):
+        coefficients = (0.3 * step, -1.0)
+        ours.step(Estimate(Released(step, (1, 2), coefficients, 1.0), perturbation))
+        for name, parameter in reference.named_parameters():
+            z = [perturbation.directions.entry(step, k, name).double() for k in range(2)]
+            parameter.grad = coefficients[0] * z[0] + coefficients[1] * z[1]
+        torchs.step()
+        if step == 2:
+            saved = ours.state_dict()
+            ours = DPZeroAdamW(groups(model), **settings)
+            ours.load_state_dict(saved)
+    for parameter, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(parameter.detach().double(), expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("build", "told"),
+    [
+        (lambda p: DPZeroSGD(p, lr=-1.0), "lr must be >= 0"),
+        (lambda p: DPZeroSGD(p, momentum=1.0), "momentum must lie in"),
+        (lambda p: DPZeroAdamW(p, betas=(0.9, 1.0)), "betas must lie in"),
+        (lambda p: DPZeroAdamW(p, eps=0.0), "eps must be > 0"),
+        (lambda p: DPZeroAdamW(p, weight_decay=-0.1), "weight_decay must be >= 0"),
+    ],
+)
+def test_bad_settings_are_told(build: Callable[[list[torch.Tensor]], DPZeroOptimizer], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        build([torch.zeros(1)])
+
+
 def test_a_release_is_used_once() -> None:
     model = nn.Linear(2, 2)
-    optimizer = DPZeroOptimizer(model.parameters(), lr=0.1)
+    optimizer = DPZeroSGD(model.parameters(), lr=0.1)
     optimizer.step(Estimate(Released(0, (1,), (1.0,), 1.0), Perturbation(model)))
     with pytest.raises(RuntimeError, match="no release to apply"):
         optimizer.step()
@@ -41,14 +85,14 @@ def test_small_updates_add_up_in_half_precision() -> None:
     model = nn.Linear(64, 64).bfloat16()
     nn.init.ones_(model.weight)
     perturbation = Perturbation(model)
-    optimizer = DPZeroOptimizer(model.parameters(), lr=1e-5)
+    optimizer = DPZeroSGD(model.parameters(), lr=1e-5)
     total = torch.zeros(64, 64, dtype=torch.float64)
     for step in range(300):
         optimizer.step(Estimate(Released(0, (1,), (1.0,), 1.0), perturbation))
         total += 1e-5 * perturbation.directions.entry(0, 0, "weight").double()
         if step == 150:
             saved = optimizer.state_dict()
-            optimizer = DPZeroOptimizer(model.parameters(), lr=1e-5)
+            optimizer = DPZeroSGD(model.parameters(), lr=1e-5)
             optimizer.load_state_dict(saved)
             assert optimizer.state[model.weight]["master"].dtype == torch.float32
     torch.testing.assert_close(optimizer.state[model.weight]["master"].double(), 1 - total, rtol=1e-4, atol=1e-5)

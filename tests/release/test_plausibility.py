@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
-from peft_dpzero import DPZeroConfig, DPZeroOptimizer, make_plan, replay_journal
+from peft_dpzero import DPZeroConfig, DPZeroSGD, make_plan, replay_journal
 from peft_dpzero.mechanism.clipping import SENSITIVITY
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.release.bundle import with_digests
@@ -126,7 +126,7 @@ def forged(folder: Path, rate: float | None = None) -> float:
     plan = make_plan(config, UNITS, BATCH, 1)
     perturbation = Perturbation(model)
     save_start(model, perturbation, release)
-    optimizer = DPZeroOptimizer(perturbation.parameters.values())
+    optimizer = DPZeroSGD(perturbation.parameters.values())
     header = plan_header(plan, perturbation, optimizer, model)
     target = trained_without_privacy(model)
 

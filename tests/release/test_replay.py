@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PrefixTuningConfig, get_peft_model
-from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroOptimizer, DPZeroTrainer, replay_journal
+from peft_dpzero import DPZeroAdamW, DPZeroConfig, DPZeroError, DPZeroSGD, DPZeroTrainer, replay_journal
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, LlamaForCausalLM
 
 from tiny import arguments, tiny_dataset, tiny_model
 
 
-def trained(folder: Path, model: Any, kind: str, **changes: Any) -> DPZeroTrainer:
+def trained(folder: Path, model: Any, kind: str, rule: str = "sgd", **changes: Any) -> DPZeroTrainer:
     """A private run with a schedule, momentum and weight decay in two groups of unequal learning rates."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": parameters[::2], "weight_decay": 0.1}, {"params": parameters[1::2], "lr": 0.03}]
@@ -27,7 +27,7 @@ def trained(folder: Path, model: Any, kind: str, **changes: Any) -> DPZeroTraine
         arguments(folder, max_steps=6, warmup_steps=2),
         train_dataset=tiny_dataset(kind),
         dpzero_config=DPZeroConfig(**options),
-        optimizers=(DPZeroOptimizer(groups, lr=0.01, momentum=0.7), None),
+        optimizers=(DPZeroAdamW(groups) if rule == "adamw" else DPZeroSGD(groups, lr=0.01, momentum=0.7), None),
     )
     run.train()
     run.save_model()
@@ -56,11 +56,12 @@ def test_adapters_come_out_of_the_journal(adapter: PeftConfig, distribution: str
     assert same(tmp_path / "run", tmp_path / "made", "adapter_model.safetensors")
 
 
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_full_models_come_out_of_the_journal(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_full_models_come_out_of_the_journal(dtype: torch.dtype, rule: str, tmp_path: Path) -> None:
     model = tiny_model("causal_lm")
     model.save_pretrained(tmp_path / "base")
-    trained(tmp_path / "run", model.to(dtype), "causal_lm", clipping_threshold=float("inf"), noise_multiplier=0)
+    trained(tmp_path / "run", model.to(dtype), "causal_lm", rule, clipping_threshold=float("inf"), noise_multiplier=0)
     made = replay_journal(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "run")
     made.to(dtype).save_pretrained(tmp_path / "made")
     assert same(tmp_path / "run", tmp_path / "made")

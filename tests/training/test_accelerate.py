@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
-from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroOptimizer, DPZeroTrainer, infer_task, make_plan
+from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroSGD, DPZeroTrainer, infer_task, make_plan
 from peft_dpzero.estimation.batching import LogicalBatches
 from peft_dpzero.estimation.losses import Losses
 from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
@@ -168,7 +168,7 @@ def private_step(world_size: int, accelerator: Accelerator | None) -> PrivateSte
     sampler = PoissonSampler(64, plan.sample_rate, new_secret())
     batches = LogicalBatches(tiny_dataset("classifier"), sampler, list, Shapes(8, 4), 0, world_size)
     perturbation = Perturbation(model)
-    optimizer = DPZeroOptimizer(perturbation.parameters.values())
+    optimizer = DPZeroSGD(perturbation.parameters.values())
     losses = Losses(model, infer_task(model), dict)
     return PrivateStep(
         model,

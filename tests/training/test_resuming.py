@@ -16,7 +16,7 @@ import pytest
 import torch
 from dp_accounting.pld import PLDAccountant
 from peft import LoraConfig, get_peft_model
-from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroOptimizer, DPZeroTrainer, infer_task, make_plan, verify
+from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroSGD, DPZeroTrainer, infer_task, make_plan, verify
 from peft_dpzero.estimation.batching import LogicalBatches
 from peft_dpzero.estimation.losses import Losses
 from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
@@ -188,7 +188,7 @@ def test_a_step_without_a_journal_releases_once_and_in_order() -> None:
     model, data = tiny_model("classifier"), tiny_dataset("classifier")
     plan = make_plan(DPZeroConfig(noise_multiplier=1.0, target_delta=1e-5, num_directions=2), len(data), 4, 3)
     perturbation, task = Perturbation(model), infer_task(model)
-    optimizer = DPZeroOptimizer(perturbation.parameters.values())
+    optimizer = DPZeroSGD(perturbation.parameters.values())
     batches = LogicalBatches(
         data, PoissonSampler(len(data), plan.sample_rate, new_secret()), default_data_collator, Shapes(4, 4)
     )

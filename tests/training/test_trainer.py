@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from peft_dpzero import (
     DPZeroConfig,
     DPZeroError,
-    DPZeroOptimizer,
+    DPZeroSGD,
     DPZeroTrainer,
     DPZeroTrainerMixin,
     FunctionTask,
@@ -430,7 +430,7 @@ def test_optimizer_groups_keep_their_learning_rates(tmp_path: Path) -> None:
     before = [p.detach().clone() for p in rest]
     groups = [{"params": head, "lr": 0.5}, {"params": rest, "lr": 0.0}]
     started = [p.detach().clone() for p in head]
-    trainer(tmp_path, model, optimizers=(DPZeroOptimizer(groups), None)).train()
+    trainer(tmp_path, model, optimizers=(DPZeroSGD(groups), None)).train()
     assert all(torch.equal(a, b) for a, b in zip(before, rest, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(started, head, strict=True))
 
