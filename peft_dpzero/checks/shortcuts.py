@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_dpzero.checks.architectures import reason_to_separate
+from peft_dpzero.checks.architectures import positions_of, reason_to_separate
 from peft_dpzero.estimation.differences import losses_at
 from peft_dpzero.estimation.losses import PLAIN, Losses, MicroBatch, Shortcuts
 from peft_dpzero.estimation.shortcuts.filled_rows import FilledLayers, layers_of_rows
@@ -117,7 +117,8 @@ def find_shortcuts(trials: Trials, trunk: SharedTrunk | None, run: Callable[[], 
         trunk: known to be sharable, or None.
         run: one forward pass on made-up tokens.
     """
-    model, found = trials.model, PLAIN
+    model = trials.model
+    found = replace(PLAIN, positions=positions_of(model))
     reads_labels_only = type(trials.task) in (TokenTask, Verbalizer)
     if reads_labels_only and (head := OutputHead.of(model)) is not None:
         found = _with(trials, found, label_logits=head)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -15,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from peft_dpzero.estimation.fingerprint import order_digest
+from peft_dpzero.estimation.generators import generators_kept, seed_generators
 from peft_dpzero.estimation.sampling import SECRET_BYTES, PoissonSampler
 from peft_dpzero.estimation.shapes import Row, Shapes, as_row, stacked_rows
 from peft_dpzero.estimation.units import Units
@@ -83,8 +82,8 @@ class LogicalBatches:
 
     def fingerprint(self) -> str:
         """A digest of the data's size and order, whose each row is, and how it is sampled. The key is no part of it."""
-        with _generators_kept():
-            _seed_generators(bytes(SECRET_BYTES))
+        with generators_kept():
+            seed_generators(bytes(SECRET_BYTES))
             order = order_digest(self._dataset)
         units = self._units.fingerprint() if self._units is not None else ""
         return f"{len(self._dataset)} {order} {units} {self._sampler!r}"  # type: ignore[arg-type]
@@ -93,9 +92,9 @@ class LogicalBatches:
         """This process's share of the batch of `step`."""
         drawn = self._sampler.draw(step, self.rank, self.world_size)
         groups: dict[Hashable, list[tuple[int, Row]]] = {}
-        with _generators_kept():
+        with generators_kept():
             for owner, unit in enumerate(drawn.tolist()):
-                _seed_generators(seed := self._sampler.unit_seed(step, unit))
+                seed_generators(seed := self._sampler.unit_seed(step, unit))
                 for row in self._rows(unit, np.random.default_rng(np.frombuffer(seed, dtype="<u4"))):
                     groups.setdefault(self.shapes.key(row), []).append((owner, row))
         micro_batches, counts, owners = [], [], []
@@ -133,21 +132,3 @@ def without_column(collate: Collator, column: str) -> Collator:
         return collate(kept)
 
     return collated
-
-
-@contextmanager
-def _generators_kept() -> Iterator[None]:
-    """After the block the global CPU generators of Python, NumPy and torch are where they were."""
-    python, numpy_ = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy_)
-
-
-def _seed_generators(seed: bytes) -> None:
-    random.seed(seed)
-    np.random.seed(np.frombuffer(seed, dtype="<u4"))
-    torch.default_generator.manual_seed(int.from_bytes(seed[:8], "little"))

@@ -50,6 +50,8 @@ class Shortcuts:
         filled_rows: layers over one vector a row run on a multiple of four rows.
         stacked: several points θ + s·z go through the model in one pass, a copy of the activations each from the first
             perturbed parameter on, so that frozen weights are read once.
+        positions: of longer rows no points are stacked, since for them some models make a longer table in the pass;
+            None sets no limit.
     """
 
     trunk: SharedTrunk | None = None
@@ -58,6 +60,7 @@ class Shortcuts:
     read_positions: NarrowedLayers | None = None
     filled_rows: FilledLayers | None = None
     stacked: bool = False
+    positions: int | None = None
 
 
 PLAIN = Shortcuts()
@@ -122,6 +125,8 @@ class Losses:
         ids, trunk = batch.get("input_ids"), self.shortcuts.trunk
         rows = next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
         tokens = ids.numel() if isinstance(ids, Tensor) else rows
+        if rows and tokens // rows > (self.shortcuts.positions or tokens):
+            return 1
         if self._offloaded:
             return STACKED_TOKENS_OFFLOADED // max(tokens, 1)
         if trunk is None:

@@ -1,4 +1,8 @@
-"""What a model keeps besides its parameters, put back after every pass, so that no row leaves anything to the next."""
+"""What a pass may leave behind besides its losses, put back after it, so that no row leaves anything to the next.
+
+That is what a model keeps besides its parameters, and how far the global generators are, from which some models draw in
+eval mode too (Reformer's hashing). Every pass starts them alike, so that both sides of a direction draw the same.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peft_dpzero.estimation.generators import generators_kept, seed_generators
+
 _PLAIN = (bool, int, float, str, bytes, type(None))
+_SEED = bytes(8)
 _CONTAINERS = (dict, list, set)
 # `nn.Module`'s own, which hold parameters, children and hooks.
 _OWN = frozenset(vars(nn.Module()))
@@ -25,15 +32,18 @@ class KeptState:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._device = next((p.device for p in model.parameters() if not p.is_meta), None)
         self._modules = [_KeptModule(name, module) for name, module in model.named_modules()]
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """After the block all is as it was."""
-        try:
-            yield
-        finally:
-            self.restore()
+        """After the block all is as it was; within it, the global generators start where they always do."""
+        with generators_kept(self._device):
+            seed_generators(_SEED, self._device)
+            try:
+                yield
+            finally:
+                self.restore()
 
     def restore(self) -> list[str]:
         """Puts back what has changed, and returns its names."""

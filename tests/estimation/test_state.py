@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft_dpzero.estimation.state import KeptState
@@ -83,3 +85,18 @@ def test_a_stock_model_changes_nothing() -> None:
     state = KeptState(model)
     model(torch.tensor([[5, 6, 7]]))
     assert state.restore() == []
+
+
+def test_every_pass_draws_the_same_and_leaves_the_generators_where_they_were() -> None:
+    state = KeptState(nn.Linear(2, 2))
+    torch.rand(7), np.random.rand(7), random.random()
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    drawn = []
+    for _ in range(2):
+        with state.kept():
+            drawn.append((torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()))
+    assert drawn[0] == drawn[1]
+    after = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    assert torch.equal(before[0], after[0])
+    assert np.array_equal(before[1][1], after[1][1])
+    assert before[2] == after[2]
