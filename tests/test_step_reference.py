@@ -71,7 +71,12 @@ def trained_update(model: Any, kind: str, config: DPZeroConfig, folder: Path) ->
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     start = {name: p.detach().clone() for name, p in trained.items()}
     settings = arguments(
-        folder, max_steps=1, per_device_train_batch_size=ROWS, learning_rate=RATE, lr_scheduler_type="constant"
+        folder,
+        max_steps=1,
+        per_device_train_batch_size=ROWS,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        optim="sgd",
     )
     DPZeroTrainer(model, settings, train_dataset=tiny_dataset(kind, ROWS), dpzero_config=config).train()
     return {name: p.detach() - start[name] for name, p in trained.items()}

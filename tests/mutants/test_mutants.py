@@ -19,7 +19,7 @@ from peft_dpzero.mechanism.clipping import SENSITIVITY
 from peft_dpzero.mechanism.contribution import Contributions
 from peft_dpzero.mechanism.noise import ExactNoise, SeededNoise
 from peft_dpzero.mechanism.private_sum import PrivateDifferences, PrivateSum
-from peft_dpzero.release.optimizer import DPZeroOptimizer
+from peft_dpzero.release.optimizer import DPZeroOptimizer, DPZeroSGD
 from torch import Tensor
 
 from tiny import clip_to_grid
@@ -184,7 +184,7 @@ def release_applied_twice(patch: Patch) -> None:
         _update(self, estimate)
         _update(self, estimate)
 
-    patch.setattr(DPZeroOptimizer, "step", step)
+    patch.setattr(DPZeroSGD, "step", step)
 
 
 def release_kept_for_the_next_step(patch: Patch) -> None:
@@ -194,7 +194,7 @@ def release_kept_for_the_next_step(patch: Patch) -> None:
         kept.extend([estimate] if estimate else [])
         _update(self, kept[-1])
 
-    patch.setattr(DPZeroOptimizer, "step", step)
+    patch.setattr(DPZeroSGD, "step", step)
 
 
 def composition_not_accounted(patch: Patch) -> None:
