@@ -75,6 +75,7 @@ class Demo:
                 per_device_train_batch_size=1024,
                 per_device_eval_batch_size=1000,
                 learning_rate=0.5,
+                optim="sgd",
                 save_strategy="no",
                 report_to=[],
                 use_cpu=True,

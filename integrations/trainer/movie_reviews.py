@@ -67,6 +67,7 @@ def main() -> None:
         per_device_train_batch_size=chosen.micro_batch,
         per_device_eval_batch_size=1000,
         learning_rate=0.5,
+        optim="sgd",
         logging_steps=10,
         save_strategy="no",
         report_to=[],

@@ -66,6 +66,7 @@ def main() -> None:
             per_device_train_batch_size=64,
             gradient_accumulation_steps=2,
             learning_rate=1.0,
+            optim="sgd",
             logging_steps=25,
             save_strategy="no",
             report_to=[],
