@@ -95,6 +95,12 @@ class DPZeroConfig:
     direction_distribution: str = field(
         default="gaussian", metadata=_help("'gaussian', 'rademacher' or 'sphere' (radius √d).")
     )
+    basis_size: int = field(
+        default=64,
+        metadata=_help(
+            "With public_text: in how many coordinates directions lie, those in which it moves outputs most."
+        ),
+    )
     direction_seed: int = field(
         default=0, metadata=_help("Public seed of the directions. The noise and the sampling never read it.")
     )
@@ -128,6 +134,7 @@ class DPZeroConfig:
         self._check_positive("loss_clipping_threshold", finite=True)
         self._check_integer("num_directions", low=1, high=4096)
         self._check_integer("max_examples_per_unit", low=1, high=2**31)
+        self._check_integer("basis_size", low=1, high=2048)
         self._check_integer("direction_seed", low=0, high=2**63 - 1)
         if self.max_length is not None:
             self._check_integer("max_length", low=1, high=2**31)

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, snapshot_download
 
 from peft_dpzero.config import CONFIG_NAME
 from peft_dpzero.errors import DPZeroError
+from peft_dpzero.perturbation.basis import BASIS_NAME
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.release.adapter import ADAPTER_CONFIG_NAME
 from peft_dpzero.release.card import CARD_NAME
@@ -31,11 +32,12 @@ _RELEASED = (
     CARD_NAME,
     JOURNAL_NAME,
     START_NAME,
+    BASIS_NAME,
 )
 # What else may lie in a release's folder: figures on evaluation data, which is public, and the Hub's own.
 _HARMLESS = ("metrics.json", ".gitattributes")
 # What lies beside the journal while a run is going on.
-EVIDENCE = (JOURNAL_NAME, START_NAME)
+EVIDENCE = (JOURNAL_NAME, START_NAME, BASIS_NAME)
 # The record cannot hold its own hash, and the card may get a better text.
 _BY_CONTENT = (RECORD_NAME, CARD_NAME)
 
