@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from peft_dpzero.checks.data import classes_of
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.estimation.tasks import ClassificationTask, Seq2SeqTask, Task, TokenTask
-from peft_dpzero.estimation.verbalizer import Verbalizer
+from peft_dpzero.estimation.tasks import Seq2SeqTask, Task, TokenTask
 
 _LONGEST = 512
 
@@ -36,7 +36,7 @@ def public_rows(
     if isinstance(rows[0], str):
         rows = _tokenized(rows, tokenizer, max_length)
     generator = torch.Generator().manual_seed(seed)
-    classes = _classes(task, model)
+    classes = classes_of(task, model)
     if classes is not None:
         labels = torch.randint(0, classes, (len(rows),), generator=generator).tolist()
         return [{**_without_labels(row), "labels": label} for row, label in zip(rows, labels, strict=True)]
@@ -52,16 +52,6 @@ def _tokenized(texts: Sequence[str], tokenizer: Any, max_length: int | None) -> 
         raise DPZeroError("public_text holds strings: pass processing_class=tokenizer, or tokenized rows.")
     encoded = tokenizer(list(texts), truncation=True, max_length=max_length or _LONGEST)
     return [{key: values[i] for key, values in encoded.items()} for i in range(len(texts))]
-
-
-def _classes(task: Task, model: Any) -> int | None:
-    """How many classes labels name; None if they name tokens, or something else."""
-    if isinstance(task, Verbalizer):
-        return len(task.words)
-    config: Any = getattr(model, "config", None)
-    if isinstance(task, ClassificationTask) and int(getattr(config, "num_labels", 1)) > 1:
-        return int(config.num_labels)
-    return None
 
 
 def _without_labels(row: Any) -> dict[str, Any]:

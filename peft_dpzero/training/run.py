@@ -22,7 +22,8 @@ from accelerate import Accelerator
 from accelerate.utils import is_compiled_module, send_to_device
 from torch import nn
 
-from peft_dpzero.checks.arguments import check_collator, check_dataset, check_weights
+from peft_dpzero.checks.arguments import check_weights
+from peft_dpzero.checks.data import check_collator, check_dataset
 from peft_dpzero.checks.passes import fit_passes
 from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError

@@ -18,14 +18,12 @@ from transformers.trainer_utils import TrainOutput
 
 from peft_dpzero.checks.arguments import (
     check_arguments,
-    check_collator,
-    check_columns,
-    check_dataset,
     check_weights,
     forward_only,
     stop_checkpointing,
 )
 from peft_dpzero.checks.compiled import check_compiled, check_compiled_parts
+from peft_dpzero.checks.data import check_collator, check_columns, check_dataset, check_labels, check_public
 from peft_dpzero.checks.passes import Passes, fit_passes
 from peft_dpzero.checks.probe import Probe
 from peft_dpzero.config import DPZeroConfig
@@ -172,7 +170,10 @@ class DPZeroTrainerMixin(SavingMixin, ReportingMixin):
         check_dataset(self.train_dataset)
         if self.public_text is not None and self.args.weight_decay:
             raise DPZeroError("weight_decay shrinks parameters out of the basis of public_text: set it to 0.")
-        check_columns(self.train_dataset, self.label_names if self._needs_label_column else ())
+        needs_labels = not hasattr(self.data_collator, "mlm")
+        check_columns(self.train_dataset, self.label_names, needs_labels, self.args.remove_unused_columns)
+        check_labels(self.train_dataset, self.task, self.model)
+        check_public(self.public_text, self.train_dataset)
         run, folder = self.run, Path(self.args.output_dir)
         self._weights_step = None
         with run.opened(folder, resume=bool(resume_from_checkpoint), **self._length):
@@ -202,10 +203,6 @@ class DPZeroTrainerMixin(SavingMixin, ReportingMixin):
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         return TrainOutput(self.state.global_step, math.nan, {})
-
-    @property
-    def _needs_label_column(self) -> bool:
-        return not hasattr(self.data_collator, "mlm")
 
     def _found_basis(self) -> Basis:
         """The basis for directions, from public text."""
