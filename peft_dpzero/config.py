@@ -17,6 +17,7 @@ DISTRIBUTIONS = ("gaussian", "rademacher", "sphere")
 NEIGHBORING = ("add_or_remove_one", "replace_one")
 MECHANISMS = ("gaussian", "laplace")
 CLIPPINGS = ("fixed", "adaptive", "automatic")
+_SMALLEST_MOVE, _LARGEST_MOVE = 1e-6, 1.0
 TRAIN_LOSSES = ("withheld", "private", "nonprivate")
 
 
@@ -131,6 +132,12 @@ class DPZeroConfig:
         self._check_choice("train_loss", TRAIN_LOSSES)
         self._check_positive("clipping_threshold")
         self._check_positive("smoothing_parameter", finite=True)
+        if not _SMALLEST_MOVE <= self.smoothing_parameter <= _LARGEST_MOVE:
+            raise ValueError(
+                f"smoothing_parameter must lie between {_SMALLEST_MOVE:g} and {_LARGEST_MOVE:g}, got "
+                f"{self.smoothing_parameter!r}: float32 losses tell nearer points apart by rounding alone, and farther "
+                "ones say nothing of the slope. 1e-3 to 1e-2 suits most models."
+            )
         self._check_positive("loss_clipping_threshold", finite=True)
         self._check_integer("num_directions", low=1, high=4096)
         self._check_integer("max_examples_per_unit", low=1, high=2**31)

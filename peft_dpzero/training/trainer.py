@@ -43,7 +43,7 @@ from peft_dpzero.release.digests import parameters_digest
 from peft_dpzero.release.optimizer import Estimate
 from peft_dpzero.training.checkpoints import checkpoint_step, checkpoint_to_resume
 from peft_dpzero.training.offloading import bring_trained_into_memory, is_offloaded
-from peft_dpzero.training.optimizers import as_dpzero_optimizer, optimizer_for
+from peft_dpzero.training.optimizers import as_dpzero_optimizer, optimizer_for, warn_of_small_moves
 from peft_dpzero.training.pacing import step_loader
 from peft_dpzero.training.reporting import ReportingMixin
 from peft_dpzero.training.run import Run
@@ -187,6 +187,7 @@ class DPZeroTrainerMixin(SavingMixin, ReportingMixin):
             self._passes = self._fitted_passes()
             checkpoint = run.processes.on_main(lambda: checkpoint_to_resume(resume_from_checkpoint, run.journal))
             self.create_optimizer()
+            warn_of_small_moves(self._dpzero_optimizer, run.plan.steps)
             run.enter(run.perturbation(self.model), self._dpzero_optimizer, at_checkpoint=checkpoint is not None)
             if checkpoint is not None and checkpoint_step(Path(checkpoint)) >= run.plan.steps:
                 return self._finished(checkpoint)
