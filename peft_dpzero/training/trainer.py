@@ -174,6 +174,8 @@ class DPZeroTrainerMixin(SavingMixin, ReportingMixin):
         check_columns(self.train_dataset, self.label_names, needs_labels, self.args.remove_unused_columns)
         check_labels(self.train_dataset, self.task, self.model)
         check_public(self.public_text, self.train_dataset)
+        if self.run.dataset is not self.train_dataset:
+            del self.run
         run, folder = self.run, Path(self.args.output_dir)
         self._weights_step = None
         with run.opened(folder, resume=bool(resume_from_checkpoint), **self._length):
