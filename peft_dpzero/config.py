@@ -17,6 +17,7 @@ DISTRIBUTIONS = ("gaussian", "rademacher", "sphere")
 NEIGHBORING = ("add_or_remove_one", "replace_one")
 MECHANISMS = ("gaussian", "laplace")
 CLIPPINGS = ("fixed", "adaptive", "automatic")
+_SMALLEST_MOVE, _LARGEST_MOVE = 1e-6, 1.0
 TRAIN_LOSSES = ("withheld", "private", "nonprivate")
 
 
@@ -95,6 +96,12 @@ class DPZeroConfig:
     direction_distribution: str = field(
         default="gaussian", metadata=_help("'gaussian', 'rademacher' or 'sphere' (radius √d).")
     )
+    basis_size: int = field(
+        default=64,
+        metadata=_help(
+            "With public_text: in how many coordinates directions lie, those in which it moves outputs most."
+        ),
+    )
     direction_seed: int = field(
         default=0, metadata=_help("Public seed of the directions. The noise and the sampling never read it.")
     )
@@ -125,9 +132,16 @@ class DPZeroConfig:
         self._check_choice("train_loss", TRAIN_LOSSES)
         self._check_positive("clipping_threshold")
         self._check_positive("smoothing_parameter", finite=True)
+        if not _SMALLEST_MOVE <= self.smoothing_parameter <= _LARGEST_MOVE:
+            raise ValueError(
+                f"smoothing_parameter must lie between {_SMALLEST_MOVE:g} and {_LARGEST_MOVE:g}, got "
+                f"{self.smoothing_parameter!r}: float32 losses tell nearer points apart by rounding alone, and farther "
+                "ones say nothing of the slope. 1e-3 to 1e-2 suits most models."
+            )
         self._check_positive("loss_clipping_threshold", finite=True)
         self._check_integer("num_directions", low=1, high=4096)
         self._check_integer("max_examples_per_unit", low=1, high=2**31)
+        self._check_integer("basis_size", low=1, high=2048)
         self._check_integer("direction_seed", low=0, high=2**63 - 1)
         if self.max_length is not None:
             self._check_integer("max_length", low=1, high=2**31)

@@ -19,7 +19,7 @@ LAYERS = (
     ("errors", "config", "modules"),
     ("perturbation",),
     ("processes", "mechanism", "release", "estimation"),
-    ("checks",),
+    ("checks", "public"),
     ("step",),
     ("training",),
     ("auditing",),

@@ -75,5 +75,6 @@ def _settings(plan: PrivacyPlan) -> dict[str, str]:
 
 
 def _parameters(perturbation: Perturbation) -> str:
-    described = [(name, str(p.dtype), tuple(p.shape)) for name, p in perturbation.parameters.items()]
+    basis = None if perturbation.basis is None else perturbation.basis.digest()
+    described = [basis, *((name, str(p.dtype), tuple(p.shape)) for name, p in perturbation.parameters.items())]
     return hashlib.sha256(repr(described).encode()).hexdigest()

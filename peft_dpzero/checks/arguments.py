@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils.data import IterableDataset
 
 from peft_dpzero.errors import DPZeroError
 
@@ -85,51 +84,6 @@ def stop_checkpointing(model: Any) -> None:
         getattr(model, f"{name}_checkpointing_disable")()
     if getattr(model, "_require_grads_hooks", None):
         model.disable_input_require_grads()
-
-
-def check_dataset(dataset: Any) -> None:
-    """Refuses data that cannot be Poisson-sampled.
-
-    Raises:
-        DPZeroError: no data set, an iterable one, or an empty one.
-    """
-    if dataset is None:
-        raise DPZeroError("train_dataset is missing: DPZero trains on a map-style data set.")
-    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        raise DPZeroError(
-            "train_dataset is iterable or streaming: Poisson sampling needs random access. Load it in full, for "
-            "example with datasets.Dataset.from_generator."
-        )
-    if len(dataset) == 0:
-        raise DPZeroError("train_dataset is empty: there is nothing to train on.")
-
-
-def check_collator(collator: Any) -> None:
-    """Refuses collators that join examples.
-
-    Raises:
-        DPZeroError: the collator flattens or packs.
-    """
-    flattens = any(kind.__name__ == "DataCollatorWithFlattening" for kind in type(collator).__mro__)
-    if flattens or getattr(collator, "padding_free", False) is True:
-        raise DPZeroError(
-            f"{type(collator).__name__} joins examples into one row, so that no single one can be clipped: use a "
-            "padding collator."
-        )
-
-
-def check_columns(dataset: Any, label_names: Sequence[str]) -> None:
-    """Refuses a data set whose column names show that it has no labels.
-
-    Raises:
-        DPZeroError: names the columns.
-    """
-    columns = getattr(dataset, "column_names", None)
-    if columns and not set(columns) & {"label", "labels", "label_ids", *label_names}:
-        raise DPZeroError(
-            f"train_dataset has no 'labels' column (it has {', '.join(columns)}). Add one; for a causal LM, a copy of "
-            "input_ids with -100 where no loss is wanted, or a data_collator that makes it."
-        )
 
 
 def check_weights(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_dpzero.errors import DPZeroError
+from peft_dpzero.perturbation.basis import Basis, BasisDirections
 from peft_dpzero.perturbation.directions import Action, Directions
 from peft_dpzero.perturbation.streaming import streamed
 
@@ -50,13 +51,19 @@ class Perturbation:
         seed: public direction seed.
         distribution: see `Directions`.
         streamed: names of the parameters to copy module by module, from `find_streamed`.
+        basis: over θ; directions then lie in its span, with random coordinates.
 
     Raises:
         DPZeroError: no parameter has `requires_grad`, or one lies on the meta device.
     """
 
     def __init__(
-        self, model: nn.Module, seed: int = 0, distribution: str = "gaussian", streamed: Collection[str] = ()
+        self,
+        model: nn.Module,
+        seed: int = 0,
+        distribution: str = "gaussian",
+        streamed: Collection[str] = (),
+        basis: Basis | None = None,
     ) -> None:
         self.model = model
         self.streamed = frozenset(streamed)
@@ -71,7 +78,13 @@ class Perturbation:
         for name, parameter in self.parameters.items():
             if parameter.is_meta:
                 raise DPZeroError(f"Parameter {name} is offloaded (meta device): keep what is trained in memory.")
-        self.directions = Directions(self.parameters.items(), seed, distribution)
+        self.basis = basis
+        named = self.parameters.items()
+        self.directions: Directions | BasisDirections = (
+            Directions(named, seed, distribution)
+            if basis is None
+            else BasisDirections(basis, named, seed, distribution)
+        )
         self._wide = torch.float32
         for parameter in self.parameters.values():
             self._wide = torch.promote_types(self._wide, parameter.dtype)
@@ -86,6 +99,12 @@ class Perturbation:
             vector = self._vector(step, direction, parameter.device)
             return self.directions.view(vector, name)
         return self.directions.entry(step, direction, name, device=parameter.device)
+
+    def moved(self, coordinates: Tensor) -> dict[str, Tensor]:
+        """Σ_i c_i v_i of the basis for coordinates (r,): by name, in each parameter's shape, float32 on its device."""
+        assert isinstance(self.directions, BasisDirections)
+        vector = self.directions.basis.combined(coordinates[None])[0]
+        return {name: self.directions.view(vector, name).to(p.device) for name, p in self.parameters.items()}
 
     @contextmanager
     def at(self, step: int, direction: int, scale: float) -> Iterator[None]:
@@ -119,12 +138,12 @@ class Perturbation:
     @property
     def is_large(self) -> bool:
         """Whether a copy of θ costs so much that it is made module by module, where the model allows it."""
-        return self.directions.num_entries >= STREAMED_ENTRIES
+        return not self._keeps and self.directions.num_entries >= STREAMED_ENTRIES
 
     @property
     def most_stacked(self) -> int:
         """How many points `stacked` may be asked for: their parameters together take `KEPT_ENTRIES` entries at most."""
-        return KEPT_ENTRIES // self.directions.num_entries
+        return KEPT_ENTRIES // int(self.directions.num_entries)
 
     @torch.no_grad()
     def stacked(self, step: int, points: Sequence[Point]) -> dict[str, Tensor]:
@@ -168,6 +187,7 @@ class Perturbation:
             for name, total in self._kept_sums(step, coefficients, names):
                 action(name, slice(0, total.numel()), total.view(-1))
             return
+        assert isinstance(self.directions, Directions), "those in a basis are kept"
         on_cpu = [name for name in names if self.parameters[name].device.type == "cpu"]
         self.directions.visit(step, coefficients, action, on_cpu, self._wide)
         for name in names:
@@ -179,7 +199,7 @@ class Perturbation:
 
     @property
     def _keeps(self) -> bool:
-        return self.directions.num_entries <= KEPT_ENTRIES
+        return self.basis is not None or self.directions.num_entries <= KEPT_ENTRIES
 
     def _vector(self, step: int, direction: int, device: torch.device) -> Tensor:
         if step != self._kept_step:

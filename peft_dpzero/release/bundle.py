@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,7 @@ from huggingface_hub import HfApi, snapshot_download
 
 from peft_dpzero.config import CONFIG_NAME
 from peft_dpzero.errors import DPZeroError
+from peft_dpzero.perturbation.basis import BASIS_NAME
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.release.adapter import ADAPTER_CONFIG_NAME
 from peft_dpzero.release.card import CARD_NAME
@@ -19,6 +21,11 @@ from peft_dpzero.release.journal import JOURNAL_NAME, Journal
 from peft_dpzero.release.record import RECORD_NAME
 from peft_dpzero.release.start import START_NAME
 
+# What tokenizers of transformers write.
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"),
+)
 # What a push may upload, with a whole model's weights in one file or several.
 _RELEASED = (
     ADAPTER_NAME,
@@ -31,11 +38,14 @@ _RELEASED = (
     CARD_NAME,
     JOURNAL_NAME,
     START_NAME,
+    BASIS_NAME,
+    *_TOKENIZER,
 )
 # What else may lie in a release's folder: figures on evaluation data, which is public, and the Hub's own.
 _HARMLESS = ("metrics.json", ".gitattributes")
 # What lies beside the journal while a run is going on.
-EVIDENCE = (JOURNAL_NAME, START_NAME)
+EVIDENCE = (JOURNAL_NAME, START_NAME, BASIS_NAME)
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 # The record cannot hold its own hash, and the card may get a better text.
 _BY_CONTENT = (RECORD_NAME, CARD_NAME)
 
@@ -91,6 +101,8 @@ def with_digests(
 def fetch_release(name: str | Path) -> tuple[Path, list[str]]:
     """A release's folder, downloaded if `name` is a Hub name, and the names of all files that it holds.
 
+    The checkpoints of a run that was made in the folder do not count.
+
     Files that do not belong in a release are named and not downloaded.
 
     Raises:
@@ -98,7 +110,9 @@ def fetch_release(name: str | Path) -> tuple[Path, list[str]]:
     """
     folder = Path(name)
     if folder.is_dir():
-        return folder, sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir())
+        found = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+        # A run's checkpoints may lie beside its release on its own machine; no push takes them.
+        return folder, sorted(file.as_posix() for file in found if not _CHECKPOINT.fullmatch(file.parts[0]))
     try:
         files = HfApi().list_repo_files(str(name))
         return Path(snapshot_download(str(name), allow_patterns=_wanted(files))), sorted(files)

@@ -18,9 +18,10 @@ from peft_dpzero.release.journal import JournalSegment
 from peft_dpzero.release.optimizer import DPZeroOptimizer
 
 FORMAT_VERSION = 4
-# Version 2 lacks `requested`, `adapter` and `frozen`; before version 4 all updates were SGD.
+# Version 2 lacks `requested`, `adapter` and `frozen`; version 3 lacks `basis`, and its updates are SGD.
 READABLE_VERSIONS = (2, 3, 4)
 _SINCE_3 = ("requested", "adapter", "frozen")
+_SINCE_4 = ("basis",)
 
 
 def plan_header(
@@ -61,6 +62,7 @@ def plan_header(
         ],
         "adapter": adapter_header(model),
         "frozen": frozen_header(model, perturbation.parameters),
+        "basis": None if perturbation.basis is None else perturbation.basis.digest(),
         "optimizer": optimizer.settings(perturbation),
         "start": parameters_digest(perturbation) if start is None else start,
     }
@@ -68,7 +70,7 @@ def plan_header(
 
 def in_version(header: dict[str, Any], version: int) -> dict[str, Any]:
     """`header` as an older version of this package would have written it, for a run that was begun by one."""
-    missing = _SINCE_3 if version < 3 else ()
+    missing = (*(_SINCE_3 if version < 3 else ()), *(_SINCE_4 if version < 4 else ()))
     return {key: value for key, value in header.items() if key not in missing} | {"format_version": version}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,11 +12,15 @@ from torch import Tensor
 
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.mechanism.private_sum import Released
+from peft_dpzero.perturbation.basis import BasisDirections
 from peft_dpzero.perturbation.perturbation import Perturbation, add_shift
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 # Takes a piece of the flattened estimate ĝ, which it may overwrite, and changes that piece of the parameter.
 Update = Callable[[slice, Tensor], None]
+State = dict[str, Tensor]
+# What moves in a basis has its state under this name.
+_COORDINATES = "coordinates"
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,9 @@ class DPZeroOptimizer(torch.optim.Optimizer):
             rates *= len(self.param_groups)
         if len(rates) != len(self.param_groups):
             raise ValueError(f"{len(rates)} learning rates for {len(self.param_groups)} groups of parameters.")
+        if isinstance(perturbation.directions, BasisDirections):
+            self._move_in_basis(perturbation, perturbation.directions.coordinates, released, rates)
+            return
         names = {parameter: name for name, parameter in perturbation.parameters.items()}
         values: dict[str, Tensor] = {}
         updates: dict[str, Update] = {}
@@ -90,7 +97,7 @@ class DPZeroOptimizer(torch.optim.Optimizer):
                 if parameter in names:
                     name = names[parameter]
                     values[name] = self._value(parameter)
-                    updates[name] = self._update(parameter, values[name].view(-1), group, rate)
+                    updates[name] = self._update(self.state[parameter], values[name].view(-1), group, rate)
 
         def apply(name: str, part: slice, gradient: Tensor) -> None:
             if name in updates:
@@ -99,6 +106,28 @@ class DPZeroOptimizer(torch.optim.Optimizer):
         perturbation.visit(released.step, dict(enumerate(released.coefficients)), apply)
         for name, value in values.items():
             parameter = perturbation.parameters[name]
+            if value.data_ptr() != parameter.data_ptr():
+                parameter.copy_(value)
+
+    def _move_in_basis(
+        self,
+        perturbation: Perturbation,
+        coordinates: Callable[[int, Mapping[int, float]], Tensor],
+        released: Released,
+        rates: Sequence[float],
+    ) -> None:
+        """Applies an estimate whose directions lie in a basis: the rule works on coordinates there, from 0."""
+        group = self.param_groups[0]
+        if len(set(rates)) > 1 or any(other["weight_decay"] for other in self.param_groups):
+            raise ValueError("In a basis all parameters have one learning rate and no weight decay.")
+        estimate = coordinates(released.step, dict(enumerate(released.coefficients)))
+        moved = torch.zeros_like(estimate)
+        state: dict[Any, State] = self.state
+        self._update(state[_COORDINATES], moved, group, rates[0])(slice(None), estimate)
+        for name, shift in perturbation.moved(moved).items():
+            parameter = perturbation.parameters[name]
+            value = self._value(parameter)
+            add_shift(value, shift, out=value)
             if value.data_ptr() != parameter.data_ptr():
                 parameter.copy_(value)
 
@@ -113,14 +142,9 @@ class DPZeroOptimizer(torch.optim.Optimizer):
         master: Tensor = state["master"]
         return master
 
-    def _update(self, parameter: Tensor, value: Tensor, group: dict[str, Any], rate: float) -> Update:
-        """The update of one step, of a parameter whose flattened `value` it changes."""
+    def _update(self, state: State, value: Tensor, group: dict[str, Any], rate: float) -> Update:
+        """The update of one step, of a flattened `value` that has a `state`."""
         raise NotImplementedError
-
-    def _kept(self, parameter: Tensor, name: str, value: Tensor) -> Tensor:
-        """A flat view of the parameter's state `name`, which starts at zeros of the dtype of `value`."""
-        state: dict[str, Tensor] = self.state[parameter]
-        return state.setdefault(name, torch.zeros_like(value).view(parameter.shape)).view(-1)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but the float32 state of a half-precision parameter stays float32."""
@@ -128,6 +152,8 @@ class DPZeroOptimizer(torch.optim.Optimizer):
         saved = state_dict["state"]
         order = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, state in saved.items():
+            if index == _COORDINATES:
+                continue
             for key, value in state.items():
                 self.state[order[index]][key] = value.clone().to(order[index].device)
 
@@ -150,9 +176,9 @@ class DPZeroSGD(DPZeroOptimizer):
             raise ValueError(f"momentum must lie in [0, 1), got {momentum!r}.")
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
-    def _update(self, parameter: Tensor, value: Tensor, group: dict[str, Any], rate: float) -> Update:
+    def _update(self, state: State, value: Tensor, group: dict[str, Any], rate: float) -> Update:
         decay, momentum = group["weight_decay"], group["momentum"]
-        velocity = self._kept(parameter, "momentum", value) if momentum else None
+        velocity = state.setdefault("momentum", torch.zeros_like(value)).view(-1) if momentum else None
 
         def update(part: slice, gradient: Tensor) -> None:
             if decay:
@@ -196,11 +222,10 @@ class DPZeroAdamW(DPZeroOptimizer):
             raise ValueError(f"eps must be > 0, got {eps!r}.")
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
 
-    def _update(self, parameter: Tensor, value: Tensor, group: dict[str, Any], rate: float) -> Update:
-        state: dict[str, Any] = self.state[parameter]
+    def _update(self, state: State, value: Tensor, group: dict[str, Any], rate: float) -> Update:
         state["step"] = state.get("step", torch.zeros((), dtype=torch.int64)) + 1
         (beta1, beta2), steps = group["betas"], int(state["step"])
-        mean, square = (self._kept(parameter, name, value) for name in ("exp_avg", "exp_avg_sq"))
+        mean, square = (state.setdefault(n, torch.zeros_like(value)).view(-1) for n in ("exp_avg", "exp_avg_sq"))
         # η m̂ / (√v̂ + ε) with the corrections taken out of the division.
         unbias = math.sqrt(1 - beta2**steps)
         scale, eps, shrink = rate * unbias / (1 - beta1**steps), group["eps"] * unbias, 1 - rate * group["weight_decay"]

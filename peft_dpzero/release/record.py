@@ -19,12 +19,15 @@ RECORD_NAME = "privacy_record.json"
 RECORD_VERSION = 2
 
 
-def privacy_record(plan: PrivacyPlan, steps: int, losses: Mapping[int, float] | None = None) -> dict[str, Any]:
+def privacy_record(
+    plan: PrivacyPlan, steps: int, losses: Mapping[int, float] | None = None, basis: str | None = None
+) -> dict[str, Any]:
     """The JSON-ready record of a run that has made `steps` releases.
 
     `epsilon` is what the accountant proves for them, or null where nothing is guaranteed. `segments` is what it
     composes: one entry, or several if the run was continued; `noise_multiplier` and `sample_rate` are then the last
-    one's. `losses` are the private mean losses, by the number of steps done.
+    one's. `losses` are the private mean losses, by the number of steps done. `basis` is the digest of what public text
+    told about the model.
     """
     config = plan.config
     accountant, spent = Accountant.of(config), plan.epsilon(steps)
@@ -59,7 +62,8 @@ def privacy_record(plan: PrivacyPlan, steps: int, losses: Mapping[int, float] | 
         "train_loss": config.train_loss,
         "released_losses": {str(step): loss for step, loss in (losses or {}).items()} or None,
         "evaluation_data": "treated as public",
-        "not_covered": _not_covered(plan),
+        "public_basis": basis,
+        "not_covered": _not_covered(plan, basis),
         "versions": {name: version(name) for name in ("peft_dpzero", "torch", "transformers", "peft", "opendp")},
     }
 
@@ -80,7 +84,7 @@ def _guarantee(plan: PrivacyPlan) -> str:
     return f"{kind}-differential privacy of the released values and of all that is computed from them"
 
 
-def _not_covered(plan: PrivacyPlan) -> list[str]:
+def _not_covered(plan: PrivacyPlan, basis: str | None) -> list[str]:
     gaps = [
         "evaluation data and every decision based on it",
         "the choice of hyper-parameters, if it looked at the training data",
@@ -89,6 +93,8 @@ def _not_covered(plan: PrivacyPlan) -> list[str]:
         "whether the run stopped at an error, which a single example may cause",
         "the number of privacy units, which sample_rate reveals",
     ]
+    if basis is not None:
+        gaps.append("the public text that the basis of directions was made of")
     if plan.config.rows_asserted_independent:
         gaps.append("that rows do not reach each other in the model or the loss, which the user asserted")
     if plan.config.train_loss == "nonprivate":

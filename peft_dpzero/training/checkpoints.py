@@ -10,23 +10,23 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.release.digests import files_digest
-from peft_dpzero.release.journal import JOURNAL_NAME
+from peft_dpzero.release.journal import JOURNAL_NAME, Journal
 from peft_dpzero.release.record import RECORD_NAME
 
 
-def checkpoint_to_resume(resume: str | bool | None, folder: Path, steps: int) -> str | None:
+def checkpoint_to_resume(resume: str | bool | None, journal: Journal | None) -> str | None:
     """The checkpoint that a run goes on from; None for the run's start.
 
     Args:
         resume: as `Trainer.train` takes it: True for the newest whole one.
-        folder: holds the checkpoints.
-        steps: releases in the run's journal.
+        journal: the run's, beside its checkpoints.
 
     Raises:
         DPZeroError: the checkpoint is of a later step than the journal, or the one that is named is not whole.
     """
-    if not resume:
+    if not resume or journal is None:
         return None
+    folder, steps = journal.path.parent, len(journal.entries)
     newest = Path(get_last_checkpoint(folder) or "") if resume is True and folder.is_dir() else Path(str(resume))
     # Without a journal, what the checkpoints cost is unknown.
     if (step := checkpoint_step(newest)) > steps:

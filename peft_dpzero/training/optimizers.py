@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from transformers import Trainer, TrainingArguments
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.release.optimizer import DPZeroAdamW, DPZeroOptimizer, DPZeroSGD
 
+# An adapter that learns moves its numbers by some hundredths at least.
+_SMALL_MOVE = 0.01
 _KINDS: dict[type, type[DPZeroOptimizer]] = {torch.optim.AdamW: DPZeroAdamW, torch.optim.SGD: DPZeroSGD}
 
 
@@ -29,6 +32,17 @@ def optimizer_for(args: TrainingArguments, groups: list[dict[str, Any]]) -> DPZe
     if unknown := settings.keys() - {"lr", *ours.hyperparameters}:
         raise DPZeroError(f"optim_args: {ours.__name__} has no {', '.join(sorted(unknown))}: leave it out.")
     return ours(groups, **settings)
+
+
+def warn_of_small_moves(optimizer: DPZeroOptimizer, steps: int) -> None:
+    """Warns if AdamW cannot move any number far: the Trainer's default rate is made for other gradients."""
+    rate = max(optimizer.learning_rates)
+    if isinstance(optimizer, DPZeroAdamW) and 0 < rate * steps < _SMALL_MOVE:
+        warnings.warn(
+            f"learning_rate={rate:g} moves no number by more than {rate * steps:.1g} in {steps} steps, which seldom "
+            "teaches a model anything: private estimates want 1e-3 to 1e-2.",
+            stacklevel=3,
+        )
 
 
 def as_dpzero_optimizer(optimizer: Any) -> DPZeroOptimizer:

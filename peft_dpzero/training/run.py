@@ -22,7 +22,8 @@ from accelerate import Accelerator
 from accelerate.utils import is_compiled_module, send_to_device
 from torch import nn
 
-from peft_dpzero.checks.arguments import check_collator, check_dataset, check_weights
+from peft_dpzero.checks.arguments import check_weights
+from peft_dpzero.checks.data import check_collator, check_dataset
 from peft_dpzero.checks.passes import fit_passes
 from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
@@ -35,6 +36,7 @@ from peft_dpzero.estimation.units import units_by_column
 from peft_dpzero.mechanism.accountant import Segment
 from peft_dpzero.mechanism.plan import PrivacyPlan, make_plan
 from peft_dpzero.mechanism.private_sum import Released
+from peft_dpzero.perturbation.basis import Basis, save_basis
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.processes import AcceleratedProcesses
 from peft_dpzero.release.bundle import EVIDENCE, copy_evidence, with_digests
@@ -47,6 +49,7 @@ from peft_dpzero.release.record import privacy_record, save_record
 from peft_dpzero.release.staging import put_in_place, staging
 from peft_dpzero.release.start import load_start, save_start
 from peft_dpzero.step import PrivateStep, StepReport
+from peft_dpzero.training.agreed_basis import agreed_basis
 
 
 class Run:
@@ -65,6 +68,7 @@ class Run:
     Attributes:
         plan: q, σ, T and what they cost.
         units: whose each example is; None if each is its own.
+        basis: that directions lie in; None if they point anywhere.
         journal: open within `opened`, on the process that writes it; None elsewhere.
         segments: the journal's, as they were when it was opened.
         step: makes the releases; None before `begin`.
@@ -99,6 +103,7 @@ class Run:
         self.processes = AcceleratedProcesses(self.accelerator)
         self.steps = self._steps(steps, epochs)
         self.plan = self._make_plan()
+        self.basis: Basis | None = None
         self.journal: Journal | None = None
         self.segments: list[JournalSegment] = []
         self.step: PrivateStep | None = None
@@ -136,13 +141,13 @@ class Run:
             raise DPZeroError("A compiled model is trained by DPZeroTrainer: pass the model itself here.")
         check_collator(collate)
         check_weights(model)
-        perturbation = self.perturbation(model)
         place = partial(send_to_device, device=self.accelerator.device)
         if (unit := self.config.privacy_unit) is not None:
             collate = without_column(collate, unit)
         with self.opened(folder, resume=True):
+            self.take_basis()
             passes = fit_passes(
-                perturbation,
+                self.perturbation(model),
                 as_task(task, model),
                 self.config,
                 place,
@@ -172,14 +177,14 @@ class Run:
         units = self.expected_batch_size / self.processes.count
         return units * (1 if self.units is None else self.units.max_examples)
 
-    @property
-    def made(self) -> int:
-        """How many releases the journal held when it was opened."""
-        return sum(len(segment.entries) for segment in self.segments)
-
     def perturbation(self, model: nn.Module, streamed: frozenset[str] = frozenset()) -> Perturbation:
         """The run's directions over the trainable parameters of `model`."""
-        return Perturbation(model, self.config.direction_seed, self.config.direction_distribution, streamed)
+        config = self.config
+        return Perturbation(model, config.direction_seed, config.direction_distribution, streamed, self.basis)
+
+    def take_basis(self, find: Callable[[], Basis] | None = None) -> None:
+        """Gives this run the basis that its journal names, or for a new run the one that `find` makes."""
+        self.basis = agreed_basis(self.journal, self.processes, find)
 
     @contextmanager
     def opened(
@@ -270,8 +275,8 @@ class Run:
         """The privacy record of the releases made so far."""
         if self.journal is not None and self.journal.segments:
             return record_of(self.journal.segments)
-        made = self.made if self.step is None else self.step.made
-        return privacy_record(self.plan, made, self.losses)
+        made = sum(len(one.entries) for one in self.segments) if self.step is None else self.step.made
+        return privacy_record(self.plan, made, self.losses, self.basis.digest() if self.basis else None)
 
     def evidence_in(self, folder: Path) -> tuple[str, ...]:
         """The names of what lies in `folder` because the run goes on there."""
@@ -335,6 +340,7 @@ class Run:
         start = self.segments[0].header["start"] if self.journal.entries else None
         if start is None:
             save_start(model, perturbation, folder)
+            save_basis(self.basis, folder)
         elif not at_checkpoint:
             load_start(perturbation, folder, start)
         header = plan_header(self.plan, perturbation, optimizer, model, start)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import PushInProgress
 
 from peft_dpzero.errors import DPZeroError
@@ -51,6 +52,8 @@ class SavingMixin(_Host):  # type: ignore[misc]
         if self.args.should_save:
             with self._saving(Path(output_dir or self.args.output_dir)) as folder:
                 self._plain_model.save_pretrained(folder, state_dict=state_dict)
+                if isinstance(self.processing_class, PreTrainedTokenizerBase):
+                    self.processing_class.save_pretrained(folder)
                 self._save_claims(folder)
 
     def save_journal(self, output_dir: str, **card_data: Any) -> None:

@@ -18,14 +18,12 @@ from transformers.trainer_utils import TrainOutput
 
 from peft_dpzero.checks.arguments import (
     check_arguments,
-    check_collator,
-    check_columns,
-    check_dataset,
     check_weights,
     forward_only,
     stop_checkpointing,
 )
 from peft_dpzero.checks.compiled import check_compiled, check_compiled_parts
+from peft_dpzero.checks.data import check_collator, check_columns, check_dataset, check_labels, check_public
 from peft_dpzero.checks.passes import Passes, fit_passes
 from peft_dpzero.checks.probe import Probe
 from peft_dpzero.config import DPZeroConfig
@@ -36,13 +34,16 @@ from peft_dpzero.estimation.sampling import seeded_secret
 from peft_dpzero.estimation.tasks import Task, as_task
 from peft_dpzero.mechanism.plan import PrivacyPlan
 from peft_dpzero.mechanism.private_sum import Released
+from peft_dpzero.perturbation.basis import Basis
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.processes import check_processes
+from peft_dpzero.public.basis import find_basis
+from peft_dpzero.public.rows import public_rows
 from peft_dpzero.release.digests import parameters_digest
 from peft_dpzero.release.optimizer import Estimate
 from peft_dpzero.training.checkpoints import checkpoint_step, checkpoint_to_resume
 from peft_dpzero.training.offloading import bring_trained_into_memory, is_offloaded
-from peft_dpzero.training.optimizers import as_dpzero_optimizer, optimizer_for
+from peft_dpzero.training.optimizers import as_dpzero_optimizer, optimizer_for, warn_of_small_moves
 from peft_dpzero.training.pacing import step_loader
 from peft_dpzero.training.reporting import ReportingMixin
 from peft_dpzero.training.run import Run
@@ -61,6 +62,10 @@ class DPZeroTrainerMixin(SavingMixin, ReportingMixin):
         dpzero_config: the mechanism and its budget.
         per_example_loss: a `Task` (for example `Verbalizer`), or a function `(outputs, labels) → (batch,)`, which
             need not be differentiable. None takes the loss of the model's class.
+        public_text: text of the same kind that is public, and need not be labelled: some hundred strings (with
+            `processing_class`), or rows as in `train_dataset`. Directions then lie where it moves the model's outputs
+            most, in `basis_size` coordinates, which takes far fewer directions. This alone runs backward passes, over
+            the public text, before training.
         max_tokens_per_micro_batch: tokens, padding included, that go through the model at once, but for single examples
             that are longer; None allows any number.
         kwargs: the other arguments of the Trainer.
@@ -79,6 +84,7 @@ class DPZeroTrainerMixin(SavingMixin, ReportingMixin):
         *positional: Any,
         dpzero_config: DPZeroConfig | None = None,
         per_example_loss: Task | Callable[[Any, Tensor], Tensor] | None = None,
+        public_text: Any = None,
         max_tokens_per_micro_batch: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -94,6 +100,7 @@ class DPZeroTrainerMixin(SavingMixin, ReportingMixin):
         check_arguments(args)
         check_processes(args.world_size, args.world_size)
         self.dpzero_config = dpzero_config
+        self.public_text = public_text
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self.logical_batch_size = int(
             args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -161,7 +168,14 @@ class DPZeroTrainerMixin(SavingMixin, ReportingMixin):
             DPZeroError: see the class; also an output folder that holds another run's journal.
         """
         check_dataset(self.train_dataset)
-        check_columns(self.train_dataset, self.label_names if self._needs_label_column else ())
+        if self.public_text is not None and self.args.weight_decay:
+            raise DPZeroError("weight_decay shrinks parameters out of the basis of public_text: set it to 0.")
+        needs_labels = not hasattr(self.data_collator, "mlm")
+        check_columns(self.train_dataset, self.label_names, needs_labels, self.args.remove_unused_columns)
+        check_labels(self.train_dataset, self.task, self.model)
+        check_public(self.public_text, self.train_dataset)
+        if self.run.dataset is not self.train_dataset:
+            del self.run
         run, folder = self.run, Path(self.args.output_dir)
         self._weights_step = None
         with run.opened(folder, resume=bool(resume_from_checkpoint), **self._length):
@@ -171,9 +185,11 @@ class DPZeroTrainerMixin(SavingMixin, ReportingMixin):
                 )
                 self.args.max_steps = run.plan.steps
             check_weights(self.model)
+            run.take_basis(None if self.public_text is None else self._found_basis)
             self._passes = self._fitted_passes()
-            checkpoint = run.processes.on_main(lambda: checkpoint_to_resume(resume_from_checkpoint, folder, run.made))
+            checkpoint = run.processes.on_main(lambda: checkpoint_to_resume(resume_from_checkpoint, run.journal))
             self.create_optimizer()
+            warn_of_small_moves(self._dpzero_optimizer, run.plan.steps)
             run.enter(run.perturbation(self.model), self._dpzero_optimizer, at_checkpoint=checkpoint is not None)
             if checkpoint is not None and checkpoint_step(Path(checkpoint)) >= run.plan.steps:
                 return self._finished(checkpoint)
@@ -191,9 +207,12 @@ class DPZeroTrainerMixin(SavingMixin, ReportingMixin):
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         return TrainOutput(self.state.global_step, math.nan, {})
 
-    @property
-    def _needs_label_column(self) -> bool:
-        return not hasattr(self.data_collator, "mlm")
+    def _found_basis(self) -> Basis:
+        """The basis for directions, from public text."""
+        config, model = self.dpzero_config, self.accelerator.unwrap_model(self.model)
+        rows = public_rows(self.public_text, self.task, model, self.processing_class, config.max_length)
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="public")
+        return find_basis(model, self.task, rows, collate, self._prepare_inputs, config.basis_size)
 
     def _fitted_passes(self) -> Passes:
         """How rows go through the model as the Trainer prepares it."""

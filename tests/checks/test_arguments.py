@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -286,3 +287,23 @@ def test_the_optimizer_is_what_the_arguments_ask_for(
 def test_other_optimizers_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, "optim=.*adafactor.* use one of them", optim="adafactor")
     refused(tmp_path, "DPZeroSGD has no nesterov", optim="sgd", optim_args="nesterov=true")
+
+
+@pytest.mark.parametrize(("changes", "warns"), [({"learning_rate": 5e-5}, True), ({"learning_rate": 5e-3}, False)])
+def test_a_learning_rate_that_moves_nothing_is_told(changes: dict[str, Any], warns: bool, tmp_path: Path) -> None:
+    run = DPZeroTrainer(
+        adapted(),
+        arguments(tmp_path, max_steps=4, **changes),
+        train_dataset=tiny_dataset("classifier"),
+        dpzero_config=config(),
+    )
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run.train()
+    assert any("moves no number by more than 0.0002" in str(one.message) for one in told) is warns
+
+
+@pytest.mark.parametrize("smoothing", [1e-8, 3.0])
+def test_points_too_near_or_too_far_are_refused(smoothing: float) -> None:
+    with pytest.raises(ValueError, match="smoothing_parameter must lie between 1e-06 and 1"):
+        config(smoothing_parameter=smoothing)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from peft_dpzero import DPZeroConfig, DPZeroTrainer
+from peft_dpzero import DPZeroConfig, DPZeroTrainer, verify
 from peft_dpzero.release.bundle import is_released, is_tolerated
 from peft_dpzero.release.staging import put_in_place, staging
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from release.releases import RECORD, failures, trained
 from tiny import arguments, tiny_dataset, tiny_model
@@ -106,3 +110,27 @@ def test_parts_of_an_older_model_go(tmp_path: Path) -> None:
     run.save_model()
     assert not failures(tmp_path)
     assert not (tmp_path / "model-00001-of-00002.safetensors").exists()
+
+
+def test_a_release_has_its_tokenizer_and_checkpoints_beside_it_do_not_count(tmp_path: Path) -> None:
+    words = {"[UNK]": 0, "[PAD]": 1, **{f"w{i}": i + 2 for i in range(30)}}
+    raw = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(
+        tmp_path / "base"
+    )
+    run = DPZeroTrainer(
+        tiny_model("classifier"),
+        arguments(tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=1),
+        train_dataset=tiny_dataset("classifier"),
+        processing_class=AutoTokenizer.from_pretrained(tmp_path / "base"),
+        dpzero_config=DPZeroConfig(noise_multiplier=1.0, target_delta=1e-5),
+    )
+    run.train()
+    run.save_model()
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("w3")["input_ids"] == [5]
+    assert str(tmp_path) not in "".join(p.read_text() for p in (tmp_path / "out").glob("tokenizer*.json"))
+    assert (tmp_path / "out" / "checkpoint-2").is_dir()
+    assert not [check for check in verify(tmp_path / "out") if check.status == "FAILED"]
+    assert {"tokenizer.json", "tokenizer_config.json"} <= json.loads((tmp_path / "out" / RECORD).read_text())[
+        "files"
+    ].keys()

@@ -182,7 +182,7 @@ TAMPERINGS: dict[str, tuple[Callable[[Path], Any], set[str]]] = {
     "a value more, all hashes redone": (more_values, {"journal"}),
     "lora_alpha raised": (lambda f: edit(f / ADAPTER, lambda c: c.update(lora_alpha=8000)), {"hashes", "adapter"}),
     "extra pickle": (lambda f: torch.save({}, f / "training_args.bin"), {"files"}),
-    "extra folder": (lambda f: shutil.copytree(f, f / "checkpoint-3"), {"files"}),
+    "extra folder": (lambda f: shutil.copytree(f, f / "checkpoint-x"), {"files"}),
     "extra weights": (lambda f: save_file({"x": torch.ones(1)}, f / "model.safetensors"), {"hashes"}),
     "config changed": (lambda f: edit(f / CONFIG, lambda c: c.update(clipping_threshold=1.0)), {"config"}),
     "record gone": (lambda f: (f / RECORD).unlink(), {"guarantee", "journal", "weights"}),

@@ -543,3 +543,14 @@ def test_examples_beyond_the_public_bound_contribute_nothing(tmp_path: Path) -> 
             warnings.simplefilter("ignore")
             run.train()
         assert torch.equal(before, weights(run.model)) != moves
+
+
+def test_a_plan_is_of_the_data_that_is_trained_on(tmp_path: Path) -> None:
+    run = DPZeroTrainer(
+        adapted(), arguments(tmp_path), train_dataset=tiny_dataset("classifier", count=40), dpzero_config=config()
+    )
+    assert run.privacy_plan.num_units == 40
+    run.train_dataset = tiny_dataset("classifier", count=64)
+    run.train()
+    assert run.privacy_plan.num_units == 64
+    assert run.privacy_record()["sample_rate"] == 4 / 64

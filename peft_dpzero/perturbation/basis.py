@@ -1,0 +1,170 @@
+"""Directions in a subspace: z = Σ_i w_i v_i, with w random and v_1 … v_r a public basis.
+
+The vectors hold multiples of 2⁻¹⁵, and weights are rounded to 26 bits of the largest, so that every sum is one of
+integers below 2⁵³ in float64, which is exact: the same bits in any order, on any threads, one by one or many at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from peft_dpzero.errors import DPZeroError
+from peft_dpzero.perturbation.directions import Directions
+
+BASIS_NAME = "dpzero_basis.safetensors"
+# So many vectors at most, which the exact sums allow.
+MOST_VECTORS = 2048
+_FRACTION_BITS = 15
+_WEIGHT_BITS = 26
+# Entries that are combined at once, and directions that are made at once.
+_COLUMNS = 1 << 15
+_TOGETHER = 16
+_COORDINATES = "coordinates"
+
+
+class Basis:
+    """r vectors over the d entries of some parameters.
+
+    Args:
+        vectors: (r, d) int16, in units of 2⁻¹⁵.
+        names: the parameters, in the order of their entries. Others stay where they are.
+    """
+
+    def __init__(self, vectors: Tensor, names: Sequence[str]) -> None:
+        if vectors.dtype != torch.int16 or vectors.ndim != 2 or not 1 <= len(vectors) <= MOST_VECTORS:
+            raise ValueError(f"A basis has 1 to {MOST_VECTORS} vectors of int16, got {vectors.dtype} {vectors.shape}.")
+        self.vectors = vectors.cpu().contiguous()
+        self.names = tuple(names)
+
+    @classmethod
+    def of(cls, vectors: Tensor, names: Sequence[str]) -> Basis:
+        """The basis nearest to (r, d) floating-point `vectors` with entries in [−1, 1]."""
+        units = vectors.double().mul(2**_FRACTION_BITS).round()
+        return cls(units.clamp(-(2**_FRACTION_BITS) + 1, 2**_FRACTION_BITS - 1).to(torch.int16), names)
+
+    @property
+    def size(self) -> int:
+        """r."""
+        return self.vectors.shape[0]
+
+    @torch.no_grad()
+    def combined(self, weights: Tensor) -> Tensor:
+        """Σ_i w_i v_i for each row of `weights` (P, r): (P, d) float32. What is below 2⁻²⁶ of the largest is lost."""
+        _, exponents = np.frexp(weights.double().abs().amax(dim=1, keepdim=True).numpy())
+        unit = torch.from_numpy(np.ldexp(1.0, exponents - _WEIGHT_BITS))  # [P, 1]
+        whole = weights.double().div(unit).round()
+        made = torch.empty(len(weights), self.vectors.shape[1])
+        for start in range(0, made.shape[1], _COLUMNS):
+            part = slice(start, start + _COLUMNS)
+            made[:, part] = (whole @ self.vectors[:, part].double()).mul_(unit * 2.0**-_FRACTION_BITS)
+        return made
+
+    def digest(self) -> str:
+        """SHA-256 of the vectors and the names."""
+        described = json.dumps([list(self.vectors.shape), self.names]).encode()
+        return hashlib.sha256(described + self.vectors.numpy().astype("<i2").tobytes()).hexdigest()
+
+    @classmethod
+    def load(cls, folder: Path, digest: str) -> Basis:
+        """Reads `dpzero_basis.safetensors`.
+
+        Args:
+            folder: where it lies.
+            digest: what a journal says that its digest is.
+
+        Raises:
+            DPZeroError: there is no such file, or it holds another basis.
+        """
+        path = folder / BASIS_NAME
+        try:
+            with safe_open(path, "pt") as file:
+                basis = cls(file.get_tensor("vectors"), json.loads(file.metadata()["names"]))
+        except Exception as error:
+            raise DPZeroError(f"{path}, which this run needs, cannot be read ({type(error).__name__}).") from None
+        if basis.digest() != digest:
+            raise DPZeroError(f"{path} is not the basis of this run: restore it from a copy.")
+        return basis
+
+
+def save_basis(basis: Basis | None, folder: Path) -> None:
+    """Writes `dpzero_basis.safetensors`, or removes it for a run that has no basis."""
+    path = folder / BASIS_NAME
+    if basis is None:
+        path.unlink(missing_ok=True)
+        return
+    unfinished = path.with_suffix(".tmp")
+    save_file({"vectors": basis.vectors}, unfinished, {"names": json.dumps(basis.names)})
+    with unfinished.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+class BasisDirections:
+    """Directions whose coordinates in a basis are random; as `Directions`, of which it has what small models need.
+
+    Args:
+        basis: over some of `parameters`.
+        parameters: (name, parameter) pairs.
+        seed, distribution: of the coordinates, see `Directions`.
+
+    Raises:
+        DPZeroError: the basis is over other parameters.
+    """
+
+    def __init__(
+        self, basis: Basis, parameters: Iterable[tuple[str, nn.Parameter]], seed: int, distribution: str
+    ) -> None:
+        self.basis = basis
+        self._shapes = {name: parameter.shape for name, parameter in parameters}
+        self._parts: dict[str, slice] = {}
+        self.num_entries = 0
+        for name in basis.names:
+            start, self.num_entries = self.num_entries, self.num_entries + self._shapes.get(name, torch.Size()).numel()
+            self._parts[name] = slice(start, self.num_entries)
+        if not self._parts.keys() <= self._shapes.keys() or self.num_entries != basis.vectors.shape[1]:
+            raise DPZeroError("The basis is over other parameters than the trainable ones: it is another adapter's.")
+        weights = nn.Parameter(torch.zeros(basis.size), requires_grad=False)
+        self._weights = Directions([(_COORDINATES, weights)], seed, distribution)
+        self._made: tuple[int, int, Tensor] = (-1, -1, torch.empty(0))
+
+    def vector(self, step: int, direction: int, device: torch.device | str = "cpu") -> Tensor:
+        """z of the basis's parameters: (d,) float32."""
+        block, number = divmod(direction, _TOGETHER)
+        if self._made[:2] != (step, block):
+            first = block * _TOGETHER
+            weights = torch.stack([self._coordinates(step, k) for k in range(first, first + _TOGETHER)])
+            self._made = step, block, self.basis.combined(weights)
+        return self._made[2][number].to(device, copy=True)
+
+    def entry(self, step: int, direction: int, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """z of one parameter, in its shape."""
+        return self.view(self.vector(step, direction, device), name)
+
+    def view(self, vector: Tensor, name: str) -> Tensor:
+        """One parameter's entries in a `vector` (d,) or in each of (P, d), in the parameter's shape."""
+        shape = (*vector.shape[:-1], *self._shapes[name])
+        return vector[..., self._parts[name]].reshape(shape) if name in self._parts else vector.new_zeros(shape)
+
+    def numel(self, name: str) -> int:
+        """Number of one parameter's entries."""
+        return self._shapes[name].numel()
+
+    def coordinates(self, step: int, coefficients: Mapping[int, float]) -> Tensor:
+        """Σ_k c_k w_k: (r,) float64."""
+        total = torch.zeros(self.basis.size, dtype=torch.float64)
+        for direction, coefficient in coefficients.items():
+            total += self._coordinates(step, direction) * coefficient
+        return total
+
+    def _coordinates(self, step: int, direction: int) -> Tensor:
+        return self._weights.entry(step, direction, _COORDINATES).double()

@@ -1,0 +1,1 @@
+"""What is learned from public text, before any private row is read."""

@@ -1,0 +1,113 @@
+"""A basis for directions from public text: where the model's own outputs are sensitive to what is trained.
+
+The gradient of a row's loss, whoever's it is, lies mostly in the span of the gradients of the model's outputs on other
+text of its kind. The top eigenvectors of those, from some hundred public texts, hold most of a private gradient in a
+few dozen coordinates; as many random ones would hold next to nothing. Backward passes touch public text only.
+(Public subspaces for DP-SGD: arXiv 2007.03813; with forward passes, PAZO: arXiv 2511.10859.)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.logging import tqdm
+
+from peft_dpzero.errors import DPZeroError
+from peft_dpzero.estimation.losses import MicroBatch
+from peft_dpzero.estimation.tasks import Task
+from peft_dpzero.perturbation.basis import MOST_VECTORS, Basis
+
+logger = logging.getLogger(__name__)
+
+# Random sums of gradients for each vector of the basis, and texts in each.
+_SUMS_A_VECTOR = 4
+_TEXTS_A_SUM = 4
+# Entries of all sums together: 2 GiB of float32.
+_MOST_ENTRIES = 1 << 29
+# Directions with a smaller share of the largest one's energy are rounding.
+_SMALLEST_SHARE = 1e-9
+_PATIENCE = 5
+
+
+def find_basis(
+    model: nn.Module,
+    task: Task,
+    rows: Sequence[Mapping[str, Any]],
+    collate: Callable[[list[Any]], Mapping[str, Any]],
+    place: Callable[[MicroBatch], MicroBatch],
+    size: int,
+    seed: int = 0,
+) -> Basis:
+    """The top eigenvectors of the gradients of random ± sums of public rows' losses.
+
+    It leaves out trainable parameters that no loss moves at first (LoRA's A while B is 0): they stay as they are.
+
+    Args:
+        model: as training starts.
+        task: how losses are read.
+        rows: public rows with labels (`public_rows`), which may be made up.
+        collate: makes a micro-batch of rows.
+        place: moves it to the model's device.
+        size: r; fewer vectors come back if the gradients span fewer.
+        seed: of the signs and the order.
+
+    Raises:
+        DPZeroError: no parameter moves the losses, or there are too many for a basis of this size.
+    """
+    if not 1 <= size <= MOST_VECTORS:
+        raise DPZeroError(f"basis_size must lie between 1 and {MOST_VECTORS}, got {size}.")
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    sums = _SUMS_A_VECTOR * size
+    entries = sum(p.numel() for p in parameters.values())
+    if sums * entries > _MOST_ENTRIES:
+        raise DPZeroError(
+            f"A basis of {size} vectors over {entries:,} trainable parameters takes too much memory: lower basis_size, "
+            "or train fewer parameters (a smaller LoRA rank, fewer layers)."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    gradients: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    batches = _batches(rows, collate, sums, generator)
+    model.eval()
+    for batch in tqdm(batches, total=sums, desc="Public gradients", delay=_PATIENCE):
+        batch = place(batch)
+        with torch.enable_grad():
+            losses = task.losses(model(**task.inputs(batch)), batch)
+            signs = torch.randint(0, 2, losses.shape, generator=generator).to(losses) * 2 - 1
+            made = torch.autograd.grad((losses * signs).sum(), list(parameters.values()), allow_unused=True)
+        for name, gradient in zip(parameters, made, strict=True):
+            if gradient is not None:
+                gradients[name].append(gradient.detach().float().flatten().cpu())
+    moved = [name for name, some in gradients.items() if any(bool(gradient.any()) for gradient in some)]
+    if not moved:
+        raise DPZeroError("No trainable parameter moves the loss on public_text: is the adapter active?")
+    return Basis.of(_top_vectors([torch.stack(gradients[name]) for name in moved], size), moved)
+
+
+def _top_vectors(parts: Sequence[Tensor], size: int) -> Tensor:
+    """The first right singular vectors of the matrix [parts[0], parts[1], …], each (m, d_i): (r, d) float32."""
+    gram = sum((part.double() @ part.double().T for part in parts), torch.zeros(()))  # [m, m]
+    energies, left = torch.linalg.eigh(gram)
+    energies, left = energies.flip(0)[:size], left.flip(1)[:, :size]
+    kept = int((energies > _SMALLEST_SHARE * energies[0]).sum())
+    logger.info("A basis of %d vectors holds %.0f %%.", kept, 100 * float(energies.sum() / gram.trace()))
+    scaled = (left[:, :kept] / energies[:kept].sqrt()).float().T  # [r, m]
+    return torch.cat([scaled @ part for part in parts], dim=1)
+
+
+def _batches(
+    rows: Sequence[Mapping[str, Any]],
+    collate: Callable[[list[Any]], Mapping[str, Any]],
+    count: int,
+    generator: torch.Generator,
+) -> Iterator[MicroBatch]:
+    """`count` micro-batches of rows of like length, all rows before any comes again."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].get("input_ids", ())))
+    groups = [order[i : i + _TEXTS_A_SUM] for i in range(0, len(order), _TEXTS_A_SUM)]
+    shuffled: list[int] = []
+    for _ in range(count):
+        shuffled = shuffled or torch.randperm(len(groups), generator=generator).tolist()
+        yield collate([dict(rows[i]) for i in groups[shuffled.pop()]])

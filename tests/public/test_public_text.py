@@ -1,0 +1,139 @@
+"""A basis from public text: what it spans, and runs whose directions lie in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft_dpzero import ClassificationTask, DPZeroConfig, DPZeroError, DPZeroTrainer, TokenTask, replay_journal, verify
+from peft_dpzero.perturbation.basis import BASIS_NAME
+from peft_dpzero.public.basis import find_basis
+from peft_dpzero.public.rows import public_rows
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import default_data_collator
+
+from tiny import adapted, arguments, tiny_dataset, tiny_model
+
+
+class Linear(nn.Module):
+    """Logits x·Wᵀ and a parameter that nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = nn.Parameter(torch.zeros(3))
+        self.layer = nn.Linear(12, 2)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        logits = self.layer(x) + 0 * self.idle.sum()
+        return type("Outputs", (), {"logits": logits})
+
+
+def test_it_spans_the_gradients_and_leaves_out_what_they_do_not_move() -> None:
+    torch.manual_seed(0)
+    model = Linear()
+    plane = torch.randn(2, 12)
+    rows = [{"x": w @ plane, "labels": i % 2} for i, w in enumerate(torch.randn(60, 2))]
+    basis = find_basis(model, ClassificationTask(), rows, default_data_collator, dict, size=8)
+    assert basis.names == ("layer.weight", "layer.bias")
+    # Two inputs' directions and the bias, each with the opposite sign for the other class.
+    assert basis.size == 3
+    vectors = basis.vectors.double() * 2.0**-15
+    torch.testing.assert_close(vectors @ vectors.T, torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-3)
+    gradient = torch.cat(
+        [torch.outer(torch.tensor([1.0, -1.0]), plane[0] + plane[1]).flatten(), torch.ones(2)]
+    ).double()
+    gradient[-1] = -1
+    inside = vectors.T @ (vectors @ gradient)
+    torch.testing.assert_close(inside, gradient, rtol=0, atol=1e-2)
+
+
+def config(**changes: Any) -> DPZeroConfig:
+    values: dict[str, Any] = {"noise_multiplier": 1.0, "target_delta": 1e-5, "num_directions": 3, "basis_size": 6}
+    return DPZeroConfig(**(values | changes))
+
+
+def trained(folder: Path, text: Any = None, resume: bool = False, steps: int = 4, **changes: Any) -> DPZeroTrainer:
+    data = tiny_dataset("classifier")
+    torch.manual_seed(5)
+    run = DPZeroTrainer(
+        adapted(),
+        arguments(folder, max_steps=steps, **changes),
+        train_dataset=data,
+        public_text=data.remove_columns("labels") if text is None else text,
+        dpzero_config=config(),
+    )
+    run.train(resume_from_checkpoint=resume)
+    run.save_model()
+    return run
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_a_run_is_verified_and_made_again_from_its_journal(tmp_path: Path) -> None:
+    tiny_model("classifier").save_pretrained(tmp_path / "base")
+    run = trained(tmp_path / "run")
+    assert run.run.basis.names
+    assert not [name for name in run.run.basis.names if "lora_A" in name]
+    record = json.loads((tmp_path / "run" / "privacy_record.json").read_text())
+    assert record["public_basis"] == run.run.basis.digest()
+    assert any("public text" in gap for gap in record["not_covered"])
+    fresh = adapted()
+    replay_journal(fresh, tmp_path / "run").save_pretrained(tmp_path / "made")
+    ours, again = weights(tmp_path / "run"), weights(tmp_path / "made")
+    assert all(torch.equal(ours[name], again[name]) for name in ours)
+    checks = verify(tmp_path / "run", base=tmp_path / "base")
+    assert not [check for check in checks if check.status == "FAILED"]
+
+
+def test_another_basis_is_told(tmp_path: Path) -> None:
+    trained(tmp_path / "run")
+    path = tmp_path / "run" / BASIS_NAME
+    with safe_open(path, "pt") as file:
+        vectors, names = file.get_tensor("vectors"), file.metadata()
+    vectors[0, 0] += 1
+    save_file({"vectors": vectors}, path, names)
+    fresh = adapted()
+    with pytest.raises(DPZeroError, match="not the basis of this run"):
+        replay_journal(fresh, tmp_path / "run")
+    assert [check.name for check in verify(tmp_path / "run") if check.status == "FAILED"]
+
+
+def test_a_run_goes_on_with_the_basis_that_it_began_with(tmp_path: Path) -> None:
+    first = trained(tmp_path / "run", save_strategy="steps", save_steps=2)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    text = tiny_dataset("classifier", count=20).remove_columns("labels")
+    resumed = trained(tmp_path / "run", text, resume=True, steps=6)
+    assert resumed.run.basis.digest() == first.run.basis.digest()
+    assert len(resumed.run.journal.entries) == 6
+    fresh = adapted()
+    replay_journal(fresh, tmp_path / "run").save_pretrained(tmp_path / "made")
+    ours, again = weights(tmp_path / "run"), weights(tmp_path / "made")
+    assert all(torch.equal(ours[name], again[name]) for name in ours)
+
+
+def test_rows_get_labels_that_nobody_gave() -> None:
+    model, rows = tiny_model("classifier"), tiny_dataset("classifier", count=40)
+    made = public_rows(rows, ClassificationTask(), model, None)
+    assert {row["labels"] for row in made} == {0, 1}
+    assert [row["labels"] for row in made] != rows["labels"][:]
+    tokens = tiny_dataset("causal_lm", count=3).remove_columns("labels")
+    assert all(row["labels"] == row["input_ids"] for row in public_rows(tokens, TokenTask(1), model, None))
+
+
+def test_what_is_missing_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DPZeroError, match="public_text is empty"):
+        trained(tmp_path / "a", [])
+    with pytest.raises(DPZeroError, match="pass processing_class=tokenizer"):
+        trained(tmp_path / "b", ["some text"] * 9)
+    with pytest.raises(DPZeroError, match="weight_decay"):
+        trained(tmp_path / "c", weight_decay=0.1)
+    for folder in "abc":
+        assert not (tmp_path / folder / "dpzero_journal").exists()
