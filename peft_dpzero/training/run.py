@@ -99,7 +99,7 @@ class Run:
         unit = config.privacy_unit
         self.units = None if unit is None else units_by_column(dataset, unit, config.max_examples_per_unit)
         self.num_units = len(dataset) if self.units is None else len(self.units)
-        self.accelerator = Accelerator() if accelerator is None else accelerator
+        self.accelerator = accelerator or Accelerator()
         self.processes = AcceleratedProcesses(self.accelerator)
         self.steps = self._steps(steps, epochs)
         self.plan = self._make_plan()
@@ -195,7 +195,8 @@ class Run:
         Args:
             folder: made by `enter` if there is none.
             resume: whether to go on with the releases that are there.
-            steps, epochs: if they are not those that this object was made with.
+            steps: T, if it is another than this object was made with; or
+            epochs: that many.
 
         Raises:
             DPZeroError: `folder` holds another run's releases, or is in use.
@@ -268,8 +269,6 @@ class Run:
         if released.loss is not None:
             self.losses[number + 1] = released.loss
         return report
-
-    # ---- What is said of it ----
 
     def record(self) -> dict[str, Any]:
         """The privacy record of the releases made so far."""
