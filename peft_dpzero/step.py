@@ -9,7 +9,7 @@ q = B / N sample_rate, γ = C / 2²⁰.
     4  subtract  d_ik = (ℓ_i(θ + λz_k) − ℓ_i(θ − λz_k)) / 2λ                         secret
     5  clip      v_i = d_i · min(1, C / ‖d_i‖), rounded toward zero onto γℤ           secret
     6  release   s = Σ_i v_i / γ + discrete Gaussian of scale σC/γ; ĝ = γs / (B·K)    public from here
-    7  update    θ ← θ − η (Σ_k ĝ_k z_k + weight decay · θ)                          public
+    7  update    θ by AdamW or SGD on Σ_k ĝ_k z_k                                     public
 
 Steps 1 to 6 are `PrivateStep`; step 7 is `DPZeroOptimizer.step`, under any schedule.
 """

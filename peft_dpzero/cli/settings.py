@@ -19,7 +19,7 @@ from peft_dpzero.checks.arguments import check_arguments
 from peft_dpzero.cli.explain import check_types, explained, nearest
 from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.release.optimizer import DPZeroSGD
+from peft_dpzero.training.optimizers import optimizer_for
 
 # A task's name, and its PEFT task type.
 TASKS = {
@@ -225,11 +225,11 @@ def _training_arguments(values: dict[str, Any], task: str, folder: Path) -> Trai
         if values.get(name, 1) < 1:
             raise DPZeroError(f"training.{name} must be at least 1, got {values[name]}.")
     with explained("training"):
-        DPZeroSGD([torch.zeros(1)], values.get("learning_rate", 0.0), values.get("weight_decay", 0.0))
         defaults = {"prediction_loss_only": task == "causal-lm"}
         output_dir = str(folder / Path(values["output_dir"]).expanduser())
         arguments = TrainingArguments(**{**defaults, **values, "output_dir": output_dir})
         check_arguments(arguments)
+        optimizer_for(arguments, [{"params": [torch.zeros(1)], "weight_decay": arguments.weight_decay}])
     return arguments
 
 

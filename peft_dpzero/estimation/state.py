@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from peft_dpzero.estimation.generators import generators_kept, seed_generators
 
-_PLAIN = (bool, int, float, str, bytes, type(None))
+# Where the generators start each pass.
 _SEED = bytes(8)
+_PLAIN = (bool, int, float, str, bytes, type(None))
 _CONTAINERS = (dict, list, set)
 # `nn.Module`'s own, which hold parameters, children and hooks.
 _OWN = frozenset(vars(nn.Module()))

@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.perturbation.directions import Directions
 
-BASIS_NAME = "dpzero_basis.safetensors"
 # So many vectors at most, which the exact sums allow.
 MOST_VECTORS = 2048
 _FRACTION_BITS = 15
@@ -74,40 +69,6 @@ class Basis:
         described = json.dumps([list(self.vectors.shape), self.names]).encode()
         return hashlib.sha256(described + self.vectors.numpy().astype("<i2").tobytes()).hexdigest()
 
-    @classmethod
-    def load(cls, folder: Path, digest: str) -> Basis:
-        """Reads `dpzero_basis.safetensors`.
-
-        Args:
-            folder: where it lies.
-            digest: what a journal says that its digest is.
-
-        Raises:
-            DPZeroError: there is no such file, or it holds another basis.
-        """
-        path = folder / BASIS_NAME
-        try:
-            with safe_open(path, "pt") as file:
-                basis = cls(file.get_tensor("vectors"), json.loads(file.metadata()["names"]))
-        except Exception as error:
-            raise DPZeroError(f"{path}, which this run needs, cannot be read ({type(error).__name__}).") from None
-        if basis.digest() != digest:
-            raise DPZeroError(f"{path} is not the basis of this run: restore it from a copy.")
-        return basis
-
-
-def save_basis(basis: Basis | None, folder: Path) -> None:
-    """Writes `dpzero_basis.safetensors`, or removes it for a run that has no basis."""
-    path = folder / BASIS_NAME
-    if basis is None:
-        path.unlink(missing_ok=True)
-        return
-    unfinished = path.with_suffix(".tmp")
-    save_file({"vectors": basis.vectors}, unfinished, {"names": json.dumps(basis.names)})
-    with unfinished.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-
 
 class BasisDirections:
     """Directions whose coordinates in a basis are random; as `Directions`, of which it has what small models need.
@@ -146,18 +107,10 @@ class BasisDirections:
             self._made = step, block, self.basis.combined(weights)
         return self._made[2][number].to(device, copy=True)
 
-    def entry(self, step: int, direction: int, name: str, device: torch.device | str = "cpu") -> Tensor:
-        """z of one parameter, in its shape."""
-        return self.view(self.vector(step, direction, device), name)
-
     def view(self, vector: Tensor, name: str) -> Tensor:
         """One parameter's entries in a `vector` (d,) or in each of (P, d), in the parameter's shape."""
         shape = (*vector.shape[:-1], *self._shapes[name])
         return vector[..., self._parts[name]].reshape(shape) if name in self._parts else vector.new_zeros(shape)
-
-    def numel(self, name: str) -> int:
-        """Number of one parameter's entries."""
-        return self._shapes[name].numel()
 
     def coordinates(self, step: int, coefficients: Mapping[int, float]) -> Tensor:
         """Σ_k c_k w_k: (r,) float64."""

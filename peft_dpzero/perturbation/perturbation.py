@@ -98,13 +98,20 @@ class Perturbation:
         if self._keeps:
             vector = self._vector(step, direction, parameter.device)
             return self.directions.view(vector, name)
+        assert isinstance(self.directions, Directions), "those in a basis are kept"
         return self.directions.entry(step, direction, name, device=parameter.device)
 
+    def coordinates(self, step: int, coefficients: Mapping[int, float]) -> Tensor:
+        """Σ_k c_k z_k in the basis: (r,) float64."""
+        assert isinstance(self.directions, BasisDirections)
+        return self.directions.coordinates(step, coefficients)
+
     def moved(self, coordinates: Tensor) -> dict[str, Tensor]:
-        """Σ_i c_i v_i of the basis for coordinates (r,): by name, in each parameter's shape, float32 on its device."""
+        """Σ_i c_i v_i of the basis for coordinates (r,): by name for its parameters, in their shapes, float32."""
         assert isinstance(self.directions, BasisDirections)
         vector = self.directions.basis.combined(coordinates[None])[0]
-        return {name: self.directions.view(vector, name).to(p.device) for name, p in self.parameters.items()}
+        names = self.directions.basis.names
+        return {name: self.directions.view(vector, name).to(self.parameters[name].device) for name in names}
 
     @contextmanager
     def at(self, step: int, direction: int, scale: float) -> Iterator[None]:

@@ -39,7 +39,7 @@ def public_rows(
     classes = classes_of(task, model)
     if classes is not None:
         labels = torch.randint(0, classes, (len(rows),), generator=generator).tolist()
-        return [{**_without_labels(row), "labels": label} for row, label in zip(rows, labels, strict=True)]
+        return [{**Task().inputs(row), "labels": label} for row, label in zip(rows, labels, strict=True)]
     if isinstance(task, TokenTask) and not isinstance(task, Seq2SeqTask) and task.shift:
         return [row if "labels" in row else {**row, "labels": list(row["input_ids"])} for row in rows]
     if not all("labels" in row or "label" in row for row in rows):
@@ -52,7 +52,3 @@ def _tokenized(texts: Sequence[str], tokenizer: Any, max_length: int | None) -> 
         raise DPZeroError("public_text holds strings: pass processing_class=tokenizer, or tokenized rows.")
     encoded = tokenizer(list(texts), truncation=True, max_length=max_length or _LONGEST)
     return [{key: values[i] for key, values in encoded.items()} for i in range(len(texts))]
-
-
-def _without_labels(row: Any) -> dict[str, Any]:
-    return {key: value for key, value in dict(row).items() if key not in ("labels", "label")}

@@ -12,14 +12,13 @@ from huggingface_hub import HfApi, snapshot_download
 
 from peft_dpzero.config import CONFIG_NAME
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.perturbation.basis import BASIS_NAME
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.release.adapter import ADAPTER_CONFIG_NAME
 from peft_dpzero.release.card import CARD_NAME
 from peft_dpzero.release.digests import ADAPTER_NAME, file_digest, files_digest, is_model_file, parameters_digest
 from peft_dpzero.release.journal import JOURNAL_NAME, Journal
 from peft_dpzero.release.record import RECORD_NAME
-from peft_dpzero.release.start import START_NAME
+from peft_dpzero.release.start import BASIS_NAME, START_NAME
 
 # What tokenizers of transformers write.
 _TOKENIZER = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.mechanism.private_sum import Released
-from peft_dpzero.perturbation.basis import BasisDirections
 from peft_dpzero.perturbation.perturbation import Perturbation, add_shift
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -86,8 +85,8 @@ class DPZeroOptimizer(torch.optim.Optimizer):
             rates *= len(self.param_groups)
         if len(rates) != len(self.param_groups):
             raise ValueError(f"{len(rates)} learning rates for {len(self.param_groups)} groups of parameters.")
-        if isinstance(perturbation.directions, BasisDirections):
-            self._move_in_basis(perturbation, perturbation.directions.coordinates, released, rates)
+        if perturbation.basis is not None:
+            self._move_in_basis(perturbation, released, rates)
             return
         names = {parameter: name for name, parameter in perturbation.parameters.items()}
         values: dict[str, Tensor] = {}
@@ -105,22 +104,14 @@ class DPZeroOptimizer(torch.optim.Optimizer):
 
         perturbation.visit(released.step, dict(enumerate(released.coefficients)), apply)
         for name, value in values.items():
-            parameter = perturbation.parameters[name]
-            if value.data_ptr() != parameter.data_ptr():
-                parameter.copy_(value)
+            _write_back(value, perturbation.parameters[name])
 
-    def _move_in_basis(
-        self,
-        perturbation: Perturbation,
-        coordinates: Callable[[int, Mapping[int, float]], Tensor],
-        released: Released,
-        rates: Sequence[float],
-    ) -> None:
+    def _move_in_basis(self, perturbation: Perturbation, released: Released, rates: Sequence[float]) -> None:
         """Applies an estimate whose directions lie in a basis: the rule works on coordinates there, from 0."""
         group = self.param_groups[0]
         if len(set(rates)) > 1 or any(other["weight_decay"] for other in self.param_groups):
             raise ValueError("In a basis all parameters have one learning rate and no weight decay.")
-        estimate = coordinates(released.step, dict(enumerate(released.coefficients)))
+        estimate = perturbation.coordinates(released.step, dict(enumerate(released.coefficients)))
         moved = torch.zeros_like(estimate)
         state: dict[Any, State] = self.state
         self._update(state[_COORDINATES], moved, group, rates[0])(slice(None), estimate)
@@ -128,8 +119,7 @@ class DPZeroOptimizer(torch.optim.Optimizer):
             parameter = perturbation.parameters[name]
             value = self._value(parameter)
             add_shift(value, shift, out=value)
-            if value.data_ptr() != parameter.data_ptr():
-                parameter.copy_(value)
+            _write_back(value, parameter)
 
     def _value(self, parameter: Tensor) -> Tensor:
         """What is updated: the float32 master copy, or the parameter's own memory if that is one contiguous piece."""
@@ -265,6 +255,12 @@ def optimizer_of(settings: list[dict[str, Any]], perturbation: Perturbation) -> 
         for group in settings
     ]
     return kind(groups, lr=0.0)  # type: ignore[call-arg]
+
+
+def _write_back(value: Tensor, parameter: Tensor) -> None:
+    """Rounds a master copy to its parameter; a value in the parameter's own memory is there already."""
+    if value.data_ptr() != parameter.data_ptr():
+        parameter.copy_(value)
 
 
 def _check_rates(lr: float, weight_decay: float) -> None:

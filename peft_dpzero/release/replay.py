@@ -12,12 +12,11 @@ from torch import nn
 
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.mechanism.private_sum import PrivateSum, Released
-from peft_dpzero.perturbation.basis import Basis
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.release.header import READABLE_VERSIONS, segment_config
 from peft_dpzero.release.journal import JOURNAL_NAME, JournalSegment, read_journal
 from peft_dpzero.release.optimizer import Estimate, optimizer_of
-from peft_dpzero.release.start import load_start
+from peft_dpzero.release.start import load_basis, load_start
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def replay_journal(model: nn.Module, journal: str | Path, steps: int | None = No
         raise DPZeroError(f"{path} has format {version}; this version reads {', '.join(map(str, READABLE_VERSIONS))}.")
     _shape_as_trained(model, header)
     config = segment_config(segments[0])
-    basis = Basis.load(path.parent, header["basis"]) if header.get("basis") else None
+    basis = load_basis(path.parent, header["basis"]) if header.get("basis") else None
     perturbation = Perturbation(model, config.direction_seed, config.direction_distribution, basis=basis)
     if list(perturbation.parameters) != [name for name, _, _ in header["trainable"]]:
         raise DPZeroError("The model's trainable parameters are in another order than in training.")

@@ -1,21 +1,25 @@
-"""Where training starts: the trained parameters before any data is seen, as a file and as a hash."""
+"""Where training starts, as files and hashes: the trained parameters before any data is seen, and the basis."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peft_dpzero.errors import DPZeroError
+from peft_dpzero.perturbation.basis import Basis
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.release.digests import parameters_digest
 
 START_NAME = "dpzero_start.safetensors"
+BASIS_NAME = "dpzero_basis.safetensors"
 
 
 def save_start(model: Any, perturbation: Perturbation, folder: Path) -> None:
@@ -27,12 +31,37 @@ def save_start(model: Any, perturbation: Perturbation, folder: Path) -> None:
     if not hasattr(model, "peft_config"):
         path.unlink(missing_ok=True)
         return
-    unfinished = path.with_suffix(".tmp")
-    tensors = {name: p.detach().to("cpu").contiguous().clone() for name, p in perturbation.parameters.items()}
-    save_file(tensors, unfinished)
-    with unfinished.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    _write(path, {name: p.detach().to("cpu").contiguous().clone() for name, p in perturbation.parameters.items()})
+
+
+def save_basis(basis: Basis | None, folder: Path) -> None:
+    """Writes `dpzero_basis.safetensors`, or removes it for a run that has no basis."""
+    path = folder / BASIS_NAME
+    if basis is None:
+        path.unlink(missing_ok=True)
+        return
+    _write(path, {"vectors": basis.vectors}, {"names": json.dumps(basis.names)})
+
+
+def load_basis(folder: Path, digest: str) -> Basis:
+    """Reads `dpzero_basis.safetensors`.
+
+    Args:
+        folder: where it lies.
+        digest: what a journal says that its digest is.
+
+    Raises:
+        DPZeroError: there is no such file, or it holds another basis.
+    """
+    path = folder / BASIS_NAME
+    try:
+        with safe_open(path, "pt") as file:
+            basis = Basis(file.get_tensor("vectors"), json.loads(file.metadata()["names"]))
+    except Exception as error:
+        raise DPZeroError(f"{path}, which this run needs, cannot be read ({type(error).__name__}).") from None
+    if basis.digest() != digest:
+        raise DPZeroError(f"{path} is not the basis of this run: restore it from a copy.")
+    return basis
 
 
 @torch.no_grad()
@@ -57,6 +86,15 @@ def load_start(perturbation: Perturbation, folder: Path, expected: str) -> None:
             else "The trainable parameters are not those that the run started from: build the model from the same "
             "base and seed (if it got a new head, save it with the head first and use that folder as the base)."
         )
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Puts a whole file on disk, or none."""
+    unfinished = path.with_suffix(".tmp")
+    save_file(tensors, unfinished, metadata)
+    with unfinished.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
 
 
 def _copy(tensors: Mapping[str, Tensor], perturbation: Perturbation, path: Path) -> None:

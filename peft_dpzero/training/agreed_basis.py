@@ -7,6 +7,7 @@ from collections.abc import Callable
 from peft_dpzero.perturbation.basis import Basis
 from peft_dpzero.processes import AcceleratedProcesses
 from peft_dpzero.release.journal import Journal
+from peft_dpzero.release.start import load_basis
 
 
 def agreed_basis(
@@ -28,6 +29,6 @@ def agreed_basis(
         if not journal.entries:
             return None if find is None else find()
         digest = journal.segments[0].header.get("basis")
-        return Basis.load(journal.path.parent, digest) if digest else None
+        return load_basis(journal.path.parent, digest) if digest else None
 
     return processes.on_main(found)

@@ -36,7 +36,7 @@ from peft_dpzero.estimation.units import units_by_column
 from peft_dpzero.mechanism.accountant import Segment
 from peft_dpzero.mechanism.plan import PrivacyPlan, make_plan
 from peft_dpzero.mechanism.private_sum import Released
-from peft_dpzero.perturbation.basis import Basis, save_basis
+from peft_dpzero.perturbation.basis import Basis
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.processes import AcceleratedProcesses
 from peft_dpzero.release.bundle import EVIDENCE, copy_evidence, with_digests
@@ -47,7 +47,7 @@ from peft_dpzero.release.ledger import record_of
 from peft_dpzero.release.optimizer import DPZeroOptimizer
 from peft_dpzero.release.record import privacy_record, save_record
 from peft_dpzero.release.staging import put_in_place, staging
-from peft_dpzero.release.start import load_start, save_start
+from peft_dpzero.release.start import load_start, save_basis, save_start
 from peft_dpzero.step import PrivateStep, StepReport
 from peft_dpzero.training.agreed_basis import agreed_basis
 
@@ -195,8 +195,8 @@ class Run:
         Args:
             folder: made by `enter` if there is none.
             resume: whether to go on with the releases that are there.
-            steps: T, if it is another than this object was made with; or
-            epochs: that many.
+            steps: T, if it is not the one that this object was made with.
+            epochs: in its place.
 
         Raises:
             DPZeroError: `folder` holds another run's releases, or is in use.

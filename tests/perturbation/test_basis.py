@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft_dpzero import DPZeroAdamW, DPZeroError, DPZeroSGD, Estimate, Released
-from peft_dpzero.perturbation.basis import BASIS_NAME, Basis, save_basis
+from peft_dpzero.perturbation.basis import Basis
 from peft_dpzero.perturbation.perturbation import Perturbation
+from peft_dpzero.release.start import BASIS_NAME, load_basis, save_basis
 from torch import Tensor, nn
 
 UNIT = 2.0**-15
@@ -125,14 +126,14 @@ def test_a_basis_is_kept_with_its_digest(tmp_path: Path) -> None:
     model = nn.Linear(7, 5)
     basis = basis_over(model)
     save_basis(basis, tmp_path)
-    assert torch.equal(Basis.load(tmp_path, basis.digest()).vectors, basis.vectors)
+    assert torch.equal(load_basis(tmp_path, basis.digest()).vectors, basis.vectors)
     with pytest.raises(DPZeroError, match="not the basis of this run"):
-        Basis.load(tmp_path, basis_over(model, seed=1).digest())
+        load_basis(tmp_path, basis_over(model, seed=1).digest())
     with pytest.raises(DPZeroError, match="another adapter's"):
         Perturbation(nn.Linear(7, 6), basis=basis)
     save_basis(None, tmp_path)
     assert not (tmp_path / BASIS_NAME).exists()
     with pytest.raises(DPZeroError, match="cannot be read"):
-        Basis.load(tmp_path, basis.digest())
+        load_basis(tmp_path, basis.digest())
     with pytest.raises(ValueError, match="int16"):
         Basis(torch.zeros(3, 4), ["p"])

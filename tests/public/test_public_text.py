@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from peft_dpzero import ClassificationTask, DPZeroConfig, DPZeroError, DPZeroTrainer, TokenTask, replay_journal, verify
-from peft_dpzero.perturbation.basis import BASIS_NAME
 from peft_dpzero.public.basis import find_basis
 from peft_dpzero.public.rows import public_rows
+from peft_dpzero.release.start import BASIS_NAME
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
