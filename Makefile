@@ -3,15 +3,15 @@ VENV := .venv
 RUN := $(VENV)/bin
 REVIEWS := .cache/vaderSentiment-3.3.2.tar.gz
 
-.PHONY: demo test test-all lint docs unit zoo bench clean
+.PHONY: demo test test-all lint docs unit slow zoo bench clean
 
 demo: $(VENV)/.ready $(REVIEWS)
 	$(RUN)/python integrations/trainer/movie_reviews.py --reviews $(REVIEWS) --output runs/demo
 
 test: lint docs unit
 
-# With every stock architecture: about half an hour more.
-test-all: test zoo
+# With what is slow, and with every stock architecture: about 40 minutes more.
+test-all: test slow zoo
 
 lint: $(VENV)/.ready
 	$(RUN)/ruff check .
@@ -23,6 +23,9 @@ docs: $(VENV)/.ready
 
 unit: $(VENV)/.ready
 	$(RUN)/pytest -n 2 --dist loadfile
+
+slow: $(VENV)/.ready
+	$(RUN)/pytest -n 2 -m slow
 
 zoo: $(VENV)/.ready
 	PYTHONPATH=tests:benchmarks $(RUN)/python tests/zoo/table.py

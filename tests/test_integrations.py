@@ -56,6 +56,7 @@ def test_own_loop_saves_a_release(accelerate_run: tuple[Path, str]) -> None:
     check_release(folder, STEPS, (2.0, 1e-5))
 
 
+@pytest.mark.slow
 def test_own_loop_goes_on_from_its_journal(accelerate_run: tuple[Path, str]) -> None:
     folder, _ = accelerate_run
     journal, adapter = folder / "dpzero_journal", folder / "adapter_model.safetensors"
@@ -73,6 +74,7 @@ def test_own_loop_goes_on_from_its_journal(accelerate_run: tuple[Path, str]) -> 
     assert json.loads(again[-1])["values"] != json.loads(lines[-1])["values"]
 
 
+@pytest.mark.slow
 def test_own_loop_runs_under_accelerate_launch(tmp_path: Path) -> None:
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0")
     printed = run("accelerate/train.py", "--output-dir", tmp_path, "--steps", STEPS, launcher=launcher)

@@ -341,6 +341,7 @@ def test_stock_trainer_falls_into_a_trap_and_ours_does_not(
     assert not falls_into(DPZeroTrainer, tmp_path / "ours")
 
 
+@pytest.mark.slow
 def test_noise_differs_although_every_seed_is_fixed(tmp_path: Path) -> None:
     values = []
     for i in range(2):

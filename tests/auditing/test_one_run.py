@@ -47,6 +47,7 @@ def builder(folder: Path, sigma: float, directions: int = 64, users: type | None
     return build
 
 
+@pytest.mark.slow
 def test_weak_noise_is_seen_through_and_strong_noise_is_not(tmp_path: Path) -> None:
     weak = audit(builder(tmp_path, 0.2), CANARIES)
     assert weak.guesses == 30

@@ -114,6 +114,7 @@ def test_equal_values_have_equal_digests(make: Callable[[], Any]) -> None:
     assert content_digest(make()) == content_digest(make())
 
 
+@pytest.mark.slow
 def test_a_digest_is_the_same_in_every_process() -> None:
     code = "from peft_dpzero.estimation.fingerprint import content_digest as d; print(d({'x': {'a', 'b', 'c'}}).hex())"
     found = {

@@ -138,6 +138,7 @@ class Graphs(TrainerCallback):
         self.counts.append(counters["stats"]["unique_graphs"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(("how", "kind"), [("passed in", "causal_lm"), ("torch_compile", "classifier")])
 def test_compiled_runs_release_what_plain_ones_do_and_stop_compiling(kind: str, how: str, tmp_path: Path) -> None:
@@ -168,6 +169,7 @@ def plain_model(run: DPZeroTrainer) -> nn.Module:
     return run.accelerator.unwrap_model(run.model, keep_torch_compile=False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_follows_the_perturbed_parameters() -> None:

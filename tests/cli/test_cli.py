@@ -354,6 +354,7 @@ def test_the_length_of_a_long_row_is_not_printed(recipe: Recipe, tmp_path: Path,
     assert "longer than" not in result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_a_finished_folder_is_not_trained_into_again_and_resuming_releases_nothing_twice(
     recipe: Recipe, train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

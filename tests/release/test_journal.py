@@ -160,6 +160,7 @@ def test_a_longer_run_opens_a_segment(tmp_path: Path) -> None:
     assert [entry.step for entry in Journal(path, more).entries] == list(range(5))
 
 
+@pytest.mark.slow
 def test_one_process_writes_a_journal(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     journal = Journal(path, HEADER)

@@ -77,6 +77,7 @@ def test_another_start_is_refused(tmp_path: Path) -> None:
         replay_journal(tiny_model("causal_lm"), tmp_path)
 
 
+@pytest.mark.slow
 def test_the_command_line_rebuilds_a_release_in_a_new_process(tmp_path: Path) -> None:
     model = BertForSequenceClassification(tiny_model("classifier").config)
     model.save_pretrained(tmp_path / "base")

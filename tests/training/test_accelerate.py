@@ -55,7 +55,7 @@ class Launched:
         return [json.loads(line) for line in (self.folder / run / "dpzero_journal").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Launched:
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
     result = launch(request.param, folder)
@@ -147,6 +147,7 @@ def test_unconnected_processes_are_refused(tmp_path: Path, monkeypatch: pytest.M
         )
 
 
+@pytest.mark.slow
 def test_ranks_with_different_runs_stop_before_the_first_release(tmp_path: Path) -> None:
     result = launch(2, tmp_path, "--disagree")
     assert result.returncode == 0, result.stderr[-3000:]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from huggingface_hub import ModelCard
 
 import tiny
@@ -59,6 +60,7 @@ def test_a_pushed_adapter_is_the_release_alone_and_loads_back(tmp_path: Path) ->
         run("hub_load.py", tmp_path, hub.endpoint)
 
 
+@pytest.mark.slow
 def test_a_fully_tuned_model_is_pushed_as_kilobytes_and_rebuilt(tmp_path: Path) -> None:
     with HubServer() as hub:
         run("hub_journal.py", tmp_path, hub.endpoint)

@@ -42,6 +42,7 @@ def live_and_die(folder: Path, kills: int, *options: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.slow
 def test_thirty_kills_change_nothing(tmp_path: Path) -> None:
     counts = live_and_die(tmp_path, KILLS)["releases_at_kills"]
     assert len(counts) == KILLS
