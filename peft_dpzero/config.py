@@ -8,7 +8,10 @@ import math
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 CONFIG_NAME = "dpzero_config.json"
 
@@ -17,7 +20,9 @@ DISTRIBUTIONS = ("gaussian", "rademacher", "sphere")
 NEIGHBORING = ("add_or_remove_one", "replace_one")
 MECHANISMS = ("gaussian", "laplace")
 CLIPPINGS = ("fixed", "adaptive", "automatic")
-_SMALLEST_MOVE, _LARGEST_MOVE = 1e-6, 1.0
+SMALLEST_MOVE, LARGEST_MOVE = 1e-6, 1.0
+MOST_DIRECTIONS = 4096
+DEFAULT_DIRECTIONS = 16
 TRAIN_LOSSES = ("withheld", "private", "nonprivate")
 
 
@@ -32,6 +37,9 @@ class DPZeroConfig:
     Give either `target_epsilon` (σ is then calibrated before the first step) or `noise_multiplier` (the ε that
     it buys is then reported), and `target_delta` with both. Given both, training stops before the step that would
     pass `target_epsilon`. A value out of range raises a `ValueError` that names the field and the fix.
+
+    What is None by default is chosen before training, from made-up rows or public text alone. Values that are given
+    stay.
     """
 
     # Parameters that control the guarantee.
@@ -60,15 +68,16 @@ class DPZeroConfig:
     max_examples_per_unit: int = field(
         default=16, metadata=_help("Examples of one unit that a step averages; of more, it takes some at random.")
     )
-    clipping: str = field(
-        default="fixed",
+    clipping: str | None = field(
+        default=None,
         metadata=_help(
             "'fixed' at clipping_threshold; 'adaptive' follows a quantile of the norms from there; 'automatic' "
-            "normalises every unit's vector to it."
+            "normalises every unit's vector to it. By default 'fixed' at a threshold that is given, else 'adaptive'."
         ),
     )
-    clipping_threshold: float = field(
-        default=10.0, metadata=_help("C: the L2 bound on one unit's vector of K loss differences.")
+    clipping_threshold: float | None = field(
+        default=None,
+        metadata=_help("C: the L2 bound on one unit's vector of K loss differences. None measures their usual norm."),
     )
     clipping_quantile: float = field(
         default=0.5, metadata=_help("Share of units that adaptive clipping leaves unclipped.")
@@ -87,8 +96,21 @@ class DPZeroConfig:
     )
 
     # Parameters that control the estimate.
-    num_directions: int = field(default=16, metadata=_help("K: random directions a step; 1 is DPZero."))
-    smoothing_parameter: float = field(default=1e-3, metadata=_help("λ: how far parameters are perturbed."))
+    minutes: float | None = field(
+        default=None,
+        metadata=_help(
+            "How long training should take on this machine: steps, batch, directions and learning rate are then chosen "
+            "for it, where TrainingArguments has its defaults."
+        ),
+    )
+    num_directions: int | None = field(
+        default=None,
+        metadata=_help("K: random directions a step; 1 is DPZero. None takes 16, or what `minutes` affords."),
+    )
+    smoothing_parameter: float | None = field(
+        default=None,
+        metadata=_help("λ: how far parameters are perturbed. None measures where rounding and curvature matter least."),
+    )
     difference: str = field(
         default="central",
         metadata=_help("'central' costs 2K forward passes a step; 'forward' K+1, with more bias."),
@@ -125,21 +147,27 @@ class DPZeroConfig:
     def __post_init__(self) -> None:
         self._check_budget()
         self._check_choice("mechanism", MECHANISMS)
-        self._check_choice("clipping", CLIPPINGS)
+        if self.clipping is not None:
+            self._check_choice("clipping", CLIPPINGS)
         self._check_choice("neighboring", NEIGHBORING)
         self._check_choice("difference", DIFFERENCES)
         self._check_choice("direction_distribution", DISTRIBUTIONS)
         self._check_choice("train_loss", TRAIN_LOSSES)
-        self._check_positive("clipping_threshold")
-        self._check_positive("smoothing_parameter", finite=True)
-        if not _SMALLEST_MOVE <= self.smoothing_parameter <= _LARGEST_MOVE:
-            raise ValueError(
-                f"smoothing_parameter must lie between {_SMALLEST_MOVE:g} and {_LARGEST_MOVE:g}, got "
-                f"{self.smoothing_parameter!r}: float32 losses tell nearer points apart by rounding alone, and farther "
-                "ones say nothing of the slope. 1e-3 to 1e-2 suits most models."
-            )
+        if self.clipping_threshold is not None:
+            self._check_positive("clipping_threshold")
+        if self.minutes is not None:
+            self._check_positive("minutes", finite=True)
+        if self.smoothing_parameter is not None:
+            self._check_positive("smoothing_parameter", finite=True)
+            if not SMALLEST_MOVE <= self.smoothing_parameter <= LARGEST_MOVE:
+                raise ValueError(
+                    f"smoothing_parameter must lie between {SMALLEST_MOVE:g} and {LARGEST_MOVE:g}, got "
+                    f"{self.smoothing_parameter!r}: float32 losses tell nearer points apart by rounding alone, and "
+                    "farther ones say nothing of the slope. None chooses one."
+                )
         self._check_positive("loss_clipping_threshold", finite=True)
-        self._check_integer("num_directions", low=1, high=4096)
+        if self.num_directions is not None:
+            self._check_integer("num_directions", low=1, high=MOST_DIRECTIONS)
         self._check_integer("max_examples_per_unit", low=1, high=2**31)
         self._check_integer("basis_size", low=1, high=2048)
         self._check_integer("direction_seed", low=0, high=2**63 - 1)
@@ -157,9 +185,10 @@ class DPZeroConfig:
             raise ValueError(f"privacy_unit must be a column's name or None, got {self.privacy_unit!r}.")
         if self.mechanism == "laplace":
             self._check_laplace()
-        if math.isinf(self.clipping_threshold) and (self.clipping != "fixed" or self.train_loss == "private"):
+        infinite = self.clipping_threshold == math.inf
+        if infinite and (self.clipping not in (None, "fixed") or self.train_loss == "private"):
             raise ValueError("clipping_threshold=inf clips nothing: it needs clipping='fixed' and no private loss.")
-        if math.isinf(self.clipping_threshold) and self.noise_multiplier != 0:
+        if infinite and self.noise_multiplier != 0:
             raise ValueError(
                 "clipping_threshold=inf bounds nobody's influence, so no noise can protect it: "
                 "set a finite clipping_threshold (or noise_multiplier=0 for a non-private run)."
@@ -170,7 +199,36 @@ class DPZeroConfig:
         """Whether a run with this config has any guarantee: noise is added, and it is secret."""
         return self.noise_multiplier != 0 and not self.deterministic
 
-    def replace(self, **changes: Any) -> DPZeroConfig:
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is left to measure before training."""
+        return self.clipping_threshold is not None and self.smoothing_parameter is not None
+
+    @property
+    def known_directions(self) -> int | None:
+        """K if it is given, or if the mechanism leaves no choice."""
+        return 1 if self.mechanism == "laplace" else self.num_directions
+
+    def settled(self, **measured: float | None) -> SettledConfig:
+        """Returns these settings with what is None filled in.
+
+        Args:
+            measured: `clipping_threshold`, `smoothing_parameter` and `num_directions`, for fields that are None.
+
+        Raises:
+            ValueError: the threshold or λ is neither given nor measured.
+        """
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if values["clipping"] is None:
+            values["clipping"] = "fixed" if self.clipping_threshold or self.mechanism == "laplace" else "adaptive"
+        values |= {name: value for name, value in measured.items() if values[name] is None}
+        values["num_directions"] = self.known_directions or values["num_directions"] or DEFAULT_DIRECTIONS
+        for name in ("clipping_threshold", "smoothing_parameter"):
+            if values[name] is None:
+                raise ValueError(f"{name} is not known before training has measured it: give it, or train first.")
+        return SettledConfig(**values)
+
+    def replace(self, **changes: Any) -> Self:
         """Returns a copy with `changes` applied and validated."""
         return dataclasses.replace(self, **changes)
 
@@ -186,7 +244,7 @@ class DPZeroConfig:
         return path
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> DPZeroConfig:
+    def from_dict(cls, values: dict[str, Any]) -> Self:
         """Builds a config; keys that this version does not know are dropped with a warning."""
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
@@ -194,7 +252,7 @@ class DPZeroConfig:
         return cls(**{key: value for key, value in values.items() if key in known})
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path) -> DPZeroConfig:
+    def from_pretrained(cls, name_or_path: str | Path) -> Self:
         """Reads `dpzero_config.json` from a folder or a Hub repository."""
         path = Path(name_or_path) / CONFIG_NAME
         if not path.is_file():
@@ -221,7 +279,7 @@ class DPZeroConfig:
         """Discrete Laplace noise is calibrated to the L1 norm, which equals the L2 norm of one number only."""
         if self.target_delta != 0:
             raise ValueError(f"target_delta must be 0 with mechanism='laplace' (pure ε), got {self.target_delta!r}.")
-        if self.num_directions != 1:
+        if self.num_directions not in (None, 1):
             raise ValueError(f"num_directions must be 1 with mechanism='laplace', got {self.num_directions!r}.")
         if self.clipping == "adaptive":
             raise ValueError("clipping='adaptive' releases a second number: with mechanism='laplace' use 'fixed'.")
@@ -242,6 +300,16 @@ class DPZeroConfig:
         value = getattr(self, name)
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+
+
+@dataclass(frozen=True)
+class SettledConfig(DPZeroConfig):
+    """A config of which nothing is left to choose: what a run is made with, and its journal holds."""
+
+    clipping: str = "fixed"
+    clipping_threshold: float = 10.0
+    num_directions: int = DEFAULT_DIRECTIONS
+    smoothing_parameter: float = 1e-3
 
 
 def _is_number(value: object) -> bool:

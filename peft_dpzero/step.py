@@ -83,7 +83,7 @@ class PrivateStep:
         accelerator: Accelerator | None = None,
     ) -> None:
         self.model = model
-        self.config = plan.config
+        self.config = plan.config.settled()
         self.plan = plan
         self.batches = batches
         self.losses = losses
@@ -91,7 +91,7 @@ class PrivateStep:
         self.optimizer = optimizer
         self.journal = journal
         self.processes = AcceleratedProcesses(accelerator) if accelerator is not None else None
-        self.mechanism = PrivateSum(plan.config, plan.expected_batch_size, self.processes, plan.loss_interval)
+        self.mechanism = PrivateSum(self.config, plan.expected_batch_size, self.processes, plan.loss_interval)
         self.replayed = replayed_releases(segments, self.mechanism)
         self.made = max(len(self.replayed), plan.first_step)
         check_processes(self.processes.count if self.processes else 1, batches.world_size)

@@ -11,6 +11,8 @@ from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
 from peft_dpzero.mechanism.private_sum import PrivateDifferences, PrivateSum
 from scipy import stats
 
+from tiny import explicit
+
 THRESHOLD = 3.0
 # Coordinates of one release, each a run of its own.
 _LANES = 256
@@ -18,7 +20,7 @@ _LANES = 256
 
 def config(**changes: object) -> DPZeroConfig:
     values: dict[str, object] = {"noise_multiplier": 1.0, "target_delta": 1e-5, "clipping_threshold": THRESHOLD}
-    return DPZeroConfig(**(values | changes))  # type: ignore[arg-type]
+    return explicit(**(values | changes))  # type: ignore[arg-type]
 
 
 def runs(count: int, sample_rate: float, steps: int, sigma: float) -> tuple[np.ndarray, np.ndarray]:

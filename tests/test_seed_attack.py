@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft_dpzero import DPZeroConfig, DPZeroTrainer
+from peft_dpzero import DPZeroTrainer
 from peft_dpzero.mechanism.clipping import SENSITIVITY
 from peft_dpzero.mechanism.private_sum import PrivateDifferences, PrivateSum
 from peft_dpzero.perturbation.directions import Directions
 from peft_dpzero.release.journal import JOURNAL_NAME
 from torch import Tensor
 
-from tiny import arguments, clip_to_grid, tiny_dataset, tiny_model
+from tiny import arguments, clip_to_grid, explicit, tiny_dataset, tiny_model
 
 SEEDS = 1 << 12
 ARGS_SEED = 42
@@ -119,7 +119,7 @@ def undoes_the_noise(values: list[float], secret: Tensor, scale: float) -> bool:
 
 
 def released(deterministic: bool) -> tuple[list[float], Tensor, float]:
-    config = DPZeroConfig(
+    config = explicit(
         noise_multiplier=1.0,
         target_delta=1e-5,
         num_directions=DIRECTIONS,
@@ -151,7 +151,7 @@ def test_two_training_runs_with_every_seed_fixed_share_no_noise(tmp_path: Path) 
             tiny_model("classifier"),
             arguments(folder, seed=ARGS_SEED, data_seed=ARGS_SEED, per_device_train_batch_size=8),
             train_dataset=tiny_dataset("classifier", 8),
-            dpzero_config=DPZeroConfig(
+            dpzero_config=explicit(
                 noise_multiplier=1.0, target_delta=1e-5, num_directions=DIRECTIONS, direction_seed=DIRECTION_SEED
             ),
         ).train()

@@ -135,9 +135,14 @@ def tiny_lora(kind: str, **changes: Any) -> PeftModel:
     return get_peft_model(tiny_model(kind), LoraConfig(**(settings | changes)))
 
 
+def explicit(**options: Any) -> DPZeroConfig:
+    """A config that leaves nothing to be measured."""
+    return DPZeroConfig(**({"clipping_threshold": 10.0, "smoothing_parameter": 1e-3} | options))
+
+
 def config(**changes: Any) -> DPZeroConfig:
     """Two directions and noise, without calibration."""
-    return DPZeroConfig(**({"noise_multiplier": 1.0, "target_delta": 1e-5, "num_directions": 2} | changes))
+    return explicit(**({"noise_multiplier": 1.0, "target_delta": 1e-5, "num_directions": 2} | changes))
 
 
 def adapted(model: PreTrainedModel | None = None) -> PeftModel:

@@ -148,14 +148,14 @@ class _Watch:
         plan = self.trainer.privacy_plan
         threshold = released.clipping_threshold
         bound = 1.0 if threshold == float("inf") else threshold
-        sums = np.array(released.coefficients) * plan.expected_batch_size * plan.config.num_directions / bound
+        sums = np.array(released.coefficients) * plan.expected_batch_size * len(released.coefficients) / bound
         rows = self._rows(released.step, threshold) / bound
         self.gram += rows @ rows.T
         self.match += rows @ (sums - plan.sample_rate / 2 * rows.sum(axis=0))
 
     def _rows(self, step: int, threshold: float) -> np.ndarray:
         """The canaries' clipped differences: (m, K) float64."""
-        trainer, config = self.trainer, self.trainer.dpzero_config
+        trainer, config = self.trainer, self.trainer.privacy_plan.config.settled()
         everybody = PoissonSampler(len(self.canaries), 1.0, new_secret())
         private = trainer.run.step
         assert private is not None
@@ -180,7 +180,7 @@ class _Watch:
         """
         plan = self.trainer.privacy_plan
         q, count = plan.sample_rate, len(self.canaries)
-        sampling = q * (1 - q) * count / 2 / plan.config.num_directions
+        sampling = q * (1 - q) * count / 2 / plan.config.settled().num_directions
         floor = 1e-9 * float(np.trace(self.gram)) / count + 1e-300
         ridge = max(4 * (plan.noise_multiplier**2 + sampling) / q**2, floor)
         return np.linalg.solve(self.gram + ridge * np.eye(count), self.match)

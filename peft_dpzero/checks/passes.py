@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,7 +12,7 @@ from peft_dpzero.checks.causes import check_batch_norm
 from peft_dpzero.checks.probe import Probe
 from peft_dpzero.checks.quantized import check_quantization
 from peft_dpzero.checks.shortcuts import find_streamed
-from peft_dpzero.config import DPZeroConfig
+from peft_dpzero.config import DPZeroConfig, SettledConfig
 from peft_dpzero.estimation.losses import Losses, MicroBatch
 from peft_dpzero.estimation.shapes import Shapes, row_counts
 from peft_dpzero.estimation.shortcuts.stacked_4bit import stack_4bit_products
@@ -35,18 +35,59 @@ class Passes:
     streamed: frozenset[str] = frozenset()
 
 
-def fit_passes(
+@dataclass(frozen=True)
+class TriedModel:
+    """What was found out about a model before it is known how many rows a step has.
+
+    Attributes:
+        passes: for rows that go alone.
+        probe: made-up rows; None if none suit the model.
+    """
+
+    passes: Passes
+    probe: Probe | None
+
+    def passes_for(
+        self,
+        perturbation: Perturbation,
+        config: SettledConfig,
+        *,
+        expected_rows: float,
+        most_rows: int,
+        max_tokens: int | None = None,
+    ) -> Passes:
+        """Tries which rows may share a pass.
+
+        Args:
+            perturbation: over the model.
+            config: the run's settings.
+            expected_rows: rows that this process draws in a step, on average.
+            most_rows: rows that go through the model at once at most.
+            max_tokens: tokens, padding included, that go through the model at once, but for single rows.
+        """
+        losses = self.passes.losses
+        shapes = replace(
+            self.passes.shapes,
+            expected_rows=expected_rows,
+            most_rows=most_rows,
+            max_tokens=max_tokens,
+            # Of rows without tokens, which have one length, nothing can be tried.
+            together={1: row_counts(most_rows)} if config.rows_asserted_independent else {},
+        )
+        if self.probe is not None:
+            shapes = self.probe.tried_shapes(perturbation, losses, shapes, config)
+        return replace(self.passes, shapes=shapes)
+
+
+def try_model(
     perturbation: Perturbation,
     task: Task,
     config: DPZeroConfig,
     place: Callable[[MicroBatch], MicroBatch],
     *,
     device: torch.device,
-    expected_rows: float,
-    most_rows: int,
-    max_tokens: int | None = None,
     compiles: bool = False,
-) -> Passes:
+) -> TriedModel:
     """Tries what the model allows, with rows that are made up.
 
     Args:
@@ -55,9 +96,6 @@ def fit_passes(
         config: the run's settings.
         place: moves a micro-batch to the model's device.
         device: the model's.
-        expected_rows: rows that this process draws in a step, on average.
-        most_rows: rows that go through the model at once at most.
-        max_tokens: tokens, padding included, that go through the model at once, but for single rows.
         compiles: whether the run's passes will be compiled: rows then go alone, unless the user vouches for them.
 
     Raises:
@@ -66,20 +104,11 @@ def fit_passes(
     model, asserted = perturbation.model.eval(), config.rows_asserted_independent
     check_batch_norm(model)
     check_quantization(model)
-    shapes = Shapes(
-        expected_rows=expected_rows,
-        most_rows=most_rows,
-        max_length=config.max_length,
-        max_tokens=max_tokens,
-        alone=not asserted,
-        # Of rows without tokens, which have one length, nothing can be tried.
-        together={1: row_counts(most_rows)} if asserted else {},
-        exact=not compiles,
-    )
+    shapes = Shapes(1, 1, max_length=config.max_length, alone=not asserted, exact=not compiles)
     if not Probe.suits(model):
         if not asserted:
             _warn_of_single_rows("the model reads no tokens, so that nothing can be tried on made-up ones")
-        return Passes(Losses(model, task, place), shapes)
+        return TriedModel(Passes(Losses(model, task, place), shapes), None)
     stack_4bit_products()
     probe = Probe(model, device, task, asserted)
     if compiles and not asserted and probe.reason is None:
@@ -91,7 +120,7 @@ def fit_passes(
     losses = probe.losses(perturbation, place)
     # A compiled model would be compiled again with every micro-batch.
     streamed = frozenset() if compiles else find_streamed(perturbation, probe.run)
-    return Passes(losses, probe.tried_shapes(perturbation, losses, shapes, config), streamed)
+    return TriedModel(Passes(losses, shapes, streamed), probe)
 
 
 def _warn_of_single_rows(reason: str) -> None:

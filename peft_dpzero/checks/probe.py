@@ -15,7 +15,7 @@ from peft_dpzero.checks.architectures import ROWWISE_TASKS, positions_of, reason
 from peft_dpzero.checks.causes import Dependence, dependence_error, first_difference, told, watched
 from peft_dpzero.checks.shortcuts import SCALE, Trials, find_shortcuts, find_trunk
 from peft_dpzero.checks.synthetic import ProbeBatch, SyntheticRows, thinned
-from peft_dpzero.config import DPZeroConfig
+from peft_dpzero.config import SettledConfig
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.differences import losses_at, points_of, points_together
 from peft_dpzero.estimation.losses import Losses, MicroBatch
@@ -122,7 +122,7 @@ class Probe:
         found = find_shortcuts(trials, find_trunk(self.model, perturbation, self.run), self.run)
         return Losses(self.model, self.task, place, found)
 
-    def tried_shapes(self, perturbation: Perturbation, losses: Losses, shapes: Shapes, config: DPZeroConfig) -> Shapes:
+    def tried_shapes(self, perturbation: Perturbation, losses: Losses, shapes: Shapes, config: SettledConfig) -> Shapes:
         """`shapes` with the padded lengths, and the numbers of rows, at which rows may share a pass: those at which no
         bit of a row depends on how many other rows there are, what they hold, and where it stands among them.
 

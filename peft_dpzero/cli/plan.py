@@ -47,6 +47,8 @@ def summary(plan: PrivacyPlan) -> Table:
     """The plan's numbers, the noise beside what it hides."""
     config, sigma, batch = plan.config, plan.noise_multiplier, plan.expected_batch_size
     bound, count = config.clipping_threshold, config.num_directions
+    assert bound is not None, "the command has a default"
+    assert count is not None
     table = Table(show_header=False)
     for name, value in (
         ("noise multiplier σ", f"{sigma:.4g}"),
@@ -105,7 +107,7 @@ class Choices:
             cells = []
             for steps in self.step_counts:
                 sigma = self.sigmas[epsilon, steps]
-                share = noise_share(sigma, plan.config.num_directions, plan.expected_batch_size)
+                share = noise_share(sigma, plan.config.num_directions or 1, plan.expected_batch_size)
                 cells.append(f"{sigma:.3g} ({share:.0%})")
             table.add_row(f"{epsilon:g}", *cells)
         return table

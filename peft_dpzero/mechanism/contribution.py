@@ -37,9 +37,9 @@ class Contributions:
     """
 
     def __init__(self, config: DPZeroConfig, loss_interval: int = 0) -> None:
-        self.config = config
+        self.config = config.settled()
         self.loss_interval = loss_interval if config.train_loss == "private" else 0
-        self.counts = config.clipping == "adaptive"
+        self.counts = self.config.clipping == "adaptive"
 
     def releases_loss(self, step: int) -> bool:
         """Whether `step` releases the loss: each `loss_interval`-th does."""

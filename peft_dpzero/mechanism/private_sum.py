@@ -110,12 +110,12 @@ class PrivateSum:
     ) -> None:
         if config.noise_multiplier is None:
             raise ValueError("noise_multiplier is not calibrated yet: use the config that `make_plan` returns.")
-        self.config = config
+        self.config = config.settled()
         self.expected_batch_size = expected_batch_size
         self.processes = processes or OneProcess()
-        self.clips = config.clipping_threshold != float("inf")
-        self.clipping_threshold = config.clipping_threshold
-        self._contributions = Contributions(config, loss_interval)
+        self.clips = self.config.clipping_threshold != float("inf")
+        self.clipping_threshold = self.config.clipping_threshold
+        self._contributions = Contributions(self.config, loss_interval)
         self._noise = _noise(config.noise_multiplier * SENSITIVITY, config)
         self._last_step = -1
 

@@ -148,6 +148,11 @@ class Perturbation:
         return not self._keeps and self.directions.num_entries >= STREAMED_ENTRIES
 
     @property
+    def num_coordinates(self) -> int:
+        """In how many dimensions directions lie."""
+        return int(self.directions.num_entries) if self.basis is None else self.basis.size
+
+    @property
     def most_stacked(self) -> int:
         """How many points `stacked` may be asked for: their parameters together take `KEPT_ENTRIES` entries at most."""
         return KEPT_ENTRIES // int(self.directions.num_entries)

@@ -16,6 +16,7 @@ from peft_dpzero.mechanism.accountant import Accountant
 from peft_dpzero.release.adapter import ADAPTER_CONFIG_NAME, comparable
 from peft_dpzero.release.card import CARD_NAME, PRIVACY_HEADING, card_claims, card_statement
 from peft_dpzero.release.evidence import OLDER, Evidence, Failed, Skipped
+from peft_dpzero.release.header import CONFIG_SINCE_5
 from peft_dpzero.release.ledger import plan_of
 from peft_dpzero.release.record import RECORD_VERSION
 
@@ -85,6 +86,7 @@ def config(evidence: Evidence) -> str:
     saved, wanted = evidence.json(CONFIG_NAME), dict(evidence.header["config"])
     saved = {key: "inf" if value == math.inf else value for key, value in saved.items()}
     if evidence.is_older:
+        saved = {key: value for key, value in saved.items() if key in wanted or key not in CONFIG_SINCE_5}
         requested = {key: saved[key] for key in ("target_epsilon", "noise_multiplier")}
         if requested["noise_multiplier"] not in (None, wanted["noise_multiplier"]):
             raise Failed(f"noise_multiplier is {requested['noise_multiplier']} in it and another in the journal")

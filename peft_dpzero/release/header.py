@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from peft_dpzero.config import DPZeroConfig
+from peft_dpzero.config import SettledConfig
 from peft_dpzero.mechanism.accountant import Segment
 from peft_dpzero.mechanism.plan import PrivacyPlan
 from peft_dpzero.perturbation.perturbation import Perturbation
@@ -17,11 +17,14 @@ from peft_dpzero.release.frozen import frozen_header
 from peft_dpzero.release.journal import JournalSegment
 from peft_dpzero.release.optimizer import DPZeroOptimizer
 
-FORMAT_VERSION = 4
-# Version 2 lacks `requested`, `adapter` and `frozen`; version 3 lacks `basis`, and its updates are SGD.
-READABLE_VERSIONS = (2, 3, 4)
+FORMAT_VERSION = 5
+# Version 2 lacks `requested`, `adapter` and `frozen`; version 3 lacks `basis`, and its updates are SGD; version 4 lacks
+# `chosen` and `minutes`.
+READABLE_VERSIONS = (2, 3, 4, 5)
 _SINCE_3 = ("requested", "adapter", "frozen")
 _SINCE_4 = ("basis",)
+_SINCE_5 = ("chosen",)
+CONFIG_SINCE_5 = ("minutes",)
 
 
 def plan_header(
@@ -30,6 +33,7 @@ def plan_header(
     optimizer: DPZeroOptimizer,
     model: Any = None,
     start: str | None = None,
+    chosen: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All that replaying, accounting and checking need, JSON-ready.
 
@@ -39,6 +43,7 @@ def plan_header(
         optimizer: what applies the releases.
         model: the model. Its class and number of labels are noted, so that its base can be built again, with its
             adapter's configuration and a hash of its frozen weights. None takes the one that `perturbation` is over.
+        chosen: the settings that were chosen and not given, and what from.
         start: digest of the trained parameters at the start of the run; None takes them as they are now.
     """
     model = perturbation.model if model is None else model
@@ -46,8 +51,9 @@ def plan_header(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return {
         "format_version": FORMAT_VERSION,
-        "config": {k: str(v) if v == math.inf else v for k, v in asdict(plan.config).items()},
+        "config": {k: str(v) if v == math.inf else v for k, v in asdict(plan.config.settled()).items()},
         "requested": {key: getattr(requested, key) for key in ("target_epsilon", "noise_multiplier")},
+        "chosen": chosen,
         "sample_rate": plan.sample_rate,
         "expected_batch_size": plan.expected_batch_size,
         "first_step": plan.first_step,
@@ -70,14 +76,18 @@ def plan_header(
 
 def in_version(header: dict[str, Any], version: int) -> dict[str, Any]:
     """`header` as an older version of this package would have written it, for a run that was begun by one."""
-    missing = (*(_SINCE_3 if version < 3 else ()), *(_SINCE_4 if version < 4 else ()))
-    return {key: value for key, value in header.items() if key not in missing} | {"format_version": version}
+    since = ((3, _SINCE_3), (4, _SINCE_4), (5, _SINCE_5))
+    missing = {key for first, keys in since if version < first for key in keys}
+    kept = {key: value for key, value in header.items() if key not in missing} | {"format_version": version}
+    if version < 5:
+        kept["config"] = {key: value for key, value in header["config"].items() if key not in CONFIG_SINCE_5}
+    return kept
 
 
-def segment_config(segment: JournalSegment) -> DPZeroConfig:
+def segment_config(segment: JournalSegment) -> SettledConfig:
     """The settings of a segment, with σ calibrated."""
     values = segment.header["config"]
-    return DPZeroConfig.from_dict({key: math.inf if value == "inf" else value for key, value in values.items()})
+    return SettledConfig.from_dict({key: math.inf if value == "inf" else value for key, value in values.items()})
 
 
 def releases(segments: Sequence[JournalSegment]) -> tuple[Segment, ...]:

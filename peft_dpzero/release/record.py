@@ -20,16 +20,20 @@ RECORD_VERSION = 2
 
 
 def privacy_record(
-    plan: PrivacyPlan, steps: int, losses: Mapping[int, float] | None = None, basis: str | None = None
+    plan: PrivacyPlan,
+    steps: int,
+    losses: Mapping[int, float] | None = None,
+    basis: str | None = None,
+    chosen: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The JSON-ready record of a run that has made `steps` releases.
 
     `epsilon` is what the accountant proves for them, or null where nothing is guaranteed. `segments` is what it
     composes: one entry, or several if the run was continued; `noise_multiplier` and `sample_rate` are then the last
     one's. `losses` are the private mean losses, by the number of steps done. `basis` is the digest of what public text
-    told about the model.
+    told about the model, and `chosen` the settings that were chosen before training, and what from.
     """
-    config = plan.config
+    config = plan.config.settled()
     accountant, spent = Accountant.of(config), plan.epsilon(steps)
     return {
         "format_version": RECORD_VERSION,
@@ -63,6 +67,7 @@ def privacy_record(
         "released_losses": {str(step): loss for step, loss in (losses or {}).items()} or None,
         "evaluation_data": "treated as public",
         "public_basis": basis,
+        "chosen": chosen,
         "not_covered": _not_covered(plan, basis),
         "versions": {name: version(name) for name in ("peft_dpzero", "torch", "transformers", "peft", "opendp")},
     }

@@ -11,45 +11,42 @@ The Trainer and a loop of one's own hold one `Run` each:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import is_compiled_module, send_to_device
 from torch import nn
 
-from peft_dpzero.checks.arguments import check_weights
-from peft_dpzero.checks.data import check_collator, check_dataset
-from peft_dpzero.checks.passes import fit_passes
+from peft_dpzero.checks.data import check_dataset
 from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.estimation.batching import Collator, LogicalBatches, without_column
+from peft_dpzero.estimation.batching import Collator, LogicalBatches
 from peft_dpzero.estimation.losses import Losses
 from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
 from peft_dpzero.estimation.shapes import Shapes
-from peft_dpzero.estimation.tasks import Task, as_task
+from peft_dpzero.estimation.tasks import Task
 from peft_dpzero.estimation.units import units_by_column
-from peft_dpzero.mechanism.accountant import Segment
-from peft_dpzero.mechanism.plan import PrivacyPlan, make_plan
+from peft_dpzero.mechanism.plan import PrivacyPlan
 from peft_dpzero.mechanism.private_sum import Released
 from peft_dpzero.perturbation.basis import Basis
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.processes import AcceleratedProcesses
+from peft_dpzero.public.settings import Settings
 from peft_dpzero.release.bundle import EVIDENCE, copy_evidence, with_digests
 from peft_dpzero.release.card import save_card
-from peft_dpzero.release.header import in_version, plan_header, releases
-from peft_dpzero.release.journal import JOURNAL_NAME, Journal, JournalSegment
+from peft_dpzero.release.journal import Journal, JournalSegment
 from peft_dpzero.release.ledger import record_of
 from peft_dpzero.release.optimizer import DPZeroOptimizer
 from peft_dpzero.release.record import privacy_record, save_record
 from peft_dpzero.release.staging import put_in_place, staging
-from peft_dpzero.release.start import load_start, save_basis, save_start
 from peft_dpzero.step import PrivateStep, StepReport
 from peft_dpzero.training.agreed_basis import agreed_basis
+from peft_dpzero.training.entering import enter_journal, open_journal
+from peft_dpzero.training.own_loop import begin_own_loop, check_own_loop
+from peft_dpzero.training.planning import plan_for, steps_of
+from peft_dpzero.training.settling import Sizes, settings_of
 
 
 class Run:
@@ -66,9 +63,9 @@ class Run:
         accelerator: of all processes; by default a new one.
 
     Attributes:
-        plan: q, σ, T and what they cost.
         units: whose each example is; None if each is its own.
         basis: that directions lie in; None if they point anywhere.
+        chosen: the settings that were chosen and not given, once they are known.
         journal: open within `opened`, on the process that writes it; None elsewhere.
         segments: the journal's, as they were when it was opened.
         step: makes the releases; None before `begin`.
@@ -92,7 +89,7 @@ class Run:
         accelerator: Accelerator | None = None,
     ) -> None:
         check_dataset(dataset)
-        self.config = config
+        self.config = config.settled() if config.is_settled and config.minutes is None else config
         self.dataset = dataset
         self.expected_batch_size = expected_batch_size
         self.logging_steps = logging_steps
@@ -101,11 +98,12 @@ class Run:
         self.num_units = len(dataset) if self.units is None else len(self.units)
         self.accelerator = accelerator or Accelerator()
         self.processes = AcceleratedProcesses(self.accelerator)
-        self.steps = self._steps(steps, epochs)
-        self.plan = self._make_plan()
-        self.basis: Basis | None = None
-        self.journal: Journal | None = None
+        self.steps = steps_of(epochs, self.num_units, expected_batch_size) if steps is None else steps
         self.segments: list[JournalSegment] = []
+        self._plan = self._plan_for() if config.minutes is None else None
+        self.basis: Basis | None = None
+        self.chosen: Settings | None = None
+        self.journal: Journal | None = None
         self.step: PrivateStep | None = None
         self.last: Released | None = None
         self.losses: dict[int, float] = {}
@@ -137,28 +135,9 @@ class Run:
         Raises:
             DPZeroError: `folder` holds another run's journal or is in use; or the model cannot be trained privately.
         """
-        if is_compiled_module(model):
-            raise DPZeroError("A compiled model is trained by DPZeroTrainer: pass the model itself here.")
-        check_collator(collate)
-        check_weights(model)
-        place = partial(send_to_device, device=self.accelerator.device)
-        if (unit := self.config.privacy_unit) is not None:
-            collate = without_column(collate, unit)
+        check_own_loop(self.config, model, collate)
         with self.opened(folder, resume=True):
-            self.take_basis()
-            passes = fit_passes(
-                self.perturbation(model),
-                as_task(task, model),
-                self.config,
-                place,
-                device=self.accelerator.device,
-                expected_rows=self.expected_rows,
-                most_rows=most_rows,
-            )
-            perturbation = self.perturbation(model, passes.streamed)
-            self.enter(perturbation, optimizer)
-            batches = self.batches(self.dataset, collate, passes.shapes)
-            self.begin(model, batches, passes.losses, perturbation, optimizer)
+            begin_own_loop(self, model, optimizer, collate, task, most_rows)
             yield
 
     def save(self, model: Any, folder: str | Path, **card_data: Any) -> None:
@@ -172,6 +151,17 @@ class Run:
     # ---- The run's course ----
 
     @property
+    def plan(self) -> PrivacyPlan:
+        """q, σ, T and what they cost.
+
+        Raises:
+            DPZeroError: the config says `minutes`, and training has not begun: sizes are not chosen yet.
+        """
+        if self._plan is None:
+            raise DPZeroError("With minutes=…, the plan is known when training has measured how long passes take.")
+        return self._plan
+
+    @property
     def expected_rows(self) -> float:
         """Rows that a process draws in a step, on average, or at most so many if units hold several."""
         units = self.expected_batch_size / self.processes.count
@@ -181,6 +171,21 @@ class Run:
         """The run's directions over the trainable parameters of `model`."""
         config = self.config
         return Perturbation(model, config.direction_seed, config.direction_distribution, streamed, self.basis)
+
+    def take_settings(self, find: Callable[[], Settings | None]) -> None:
+        """Gives a new run the settings that `find` makes, where the config leaves them open.
+
+        Raises:
+            DPZeroError: a run that goes on was made with settings that were given, and now they are not.
+        """
+        if self._goes_on:
+            if not self.config.is_settled:
+                raise DPZeroError(
+                    "The run that goes on was made with clipping_threshold and smoothing_parameter given."
+                )
+        elif not self.config.is_settled or self.config.minutes is not None:
+            self._settle(self.processes.on_main(find))
+            self._plan = self._plan_for()
 
     def take_basis(self, find: Callable[[], Basis] | None = None) -> None:
         """Gives this run the basis that its journal names, or for a new run the one that `find` makes."""
@@ -202,8 +207,13 @@ class Run:
             DPZeroError: `folder` holds another run's releases, or is in use.
         """
         try:
-            self.segments = self.processes.on_main(lambda: self._read(Path(folder) / JOURNAL_NAME, resume))
-            self.plan = self._plan_for(self.steps if steps is epochs is None else self._steps(steps, epochs or 1.0))
+            self.segments = self.processes.on_main(lambda: self._opened_journal(Path(folder), resume).segments)
+            if self._goes_on:
+                self._settle(settings_of(self.segments))
+            if steps is not None or epochs is not None:
+                self.steps = steps or steps_of(epochs or 1.0, self.num_units, self.expected_batch_size)
+            if self.chosen is not None or self.config.minutes is None:
+                self._plan = self._plan_for()
             self.step = None
             yield
         finally:
@@ -221,7 +231,7 @@ class Run:
             DPZeroError: the journal is of a run with other settings, or the start is not that run's.
         """
         optimizer.state.clear()
-        self.segments = self.processes.on_main(lambda: self._enter(perturbation, optimizer, at_checkpoint))
+        self.segments = self.processes.on_main(lambda: self._entered(perturbation, optimizer, at_checkpoint).segments)
 
     def batches(self, dataset: Any, collate: Collator, shapes: Shapes, secret: bytes | None = None) -> LogicalBatches:
         """This process's share of the run's private batches.
@@ -275,7 +285,22 @@ class Run:
         if self.journal is not None and self.journal.segments:
             return record_of(self.journal.segments)
         made = sum(len(one.entries) for one in self.segments) if self.step is None else self.step.made
-        return privacy_record(self.plan, made, self.losses, self.basis.digest() if self.basis else None)
+        return privacy_record(self.plan, made, self.losses, self.basis.digest() if self.basis else None, self._chosen)
+
+    @property
+    def _chosen(self) -> dict[str, Any] | None:
+        return None if self.chosen is None else self.chosen.to_dict()
+
+    def sizes(self, most_rows: int | None, max_tokens: int | None = None, **of_time: Any) -> Sizes:
+        """What the settings must suit; `of_time` as in `Sizes`, where the config says `minutes`."""
+        timed = {
+            "batch": self.expected_batch_size,
+            "steps": self.steps,
+            "learning_rate": 0.0,
+            "deadline": None,
+        } | of_time
+        rows_a_unit = 1 if self.units is None else self.units.max_examples
+        return Sizes(self.num_units, rows_a_unit, self.processes.count, most_rows, max_tokens, **timed)
 
     def evidence_in(self, folder: Path) -> tuple[str, ...]:
         """The names of what lies in `folder` because the run goes on there."""
@@ -299,51 +324,26 @@ class Run:
         save_record(record, folder)
         save_card(record, folder, model, **card_data)
 
-    def _steps(self, steps: int | None, epochs: float) -> int:
-        return math.ceil(epochs * math.ceil(self.num_units / self.expected_batch_size)) if steps is None else steps
+    @property
+    def _goes_on(self) -> bool:
+        return any(segment.entries for segment in self.segments)
 
-    def _make_plan(self, spent: tuple[Segment, ...] = ()) -> PrivacyPlan:
-        every = self.logging_steps
-        interval = math.ceil(self.steps * every) if every < 1 else int(every)
-        return make_plan(self.config, self.num_units, self.expected_batch_size, self.steps, spent, interval)
+    def _settle(self, chosen: Settings | None) -> None:
+        self.chosen = chosen
+        if chosen is not None:
+            self.config = chosen.settled(self.config)
+            self.expected_batch_size = chosen.expected_batch_size or self.expected_batch_size
+            self.steps = chosen.steps or self.steps
 
-    def _plan_for(self, steps: int) -> PrivacyPlan:
-        """The plan of the last segment with releases if its steps are asked for, else of a new one after them."""
-        changed, self.steps = steps != self.steps, steps
-        segments = [segment for segment in self.segments if segment.entries]
-        if not segments:
-            return self._make_plan() if changed else self.plan
-        earlier, planned = releases(segments[:-1]), segments[-1].header["steps"]
-        capped = self.config.noise_multiplier is not None and self.config.target_epsilon is not None
-        if capped or steps <= planned:
-            plan = self._make_plan(earlier)
-            if plan.steps <= planned:
-                return plan
-        return self._make_plan(releases(segments))
+    def _plan_for(self) -> PrivacyPlan:
+        sizes = (self.num_units, self.expected_batch_size, self.steps)
+        return plan_for(self.config, *sizes, self.logging_steps, self.segments)
 
-    def _read(self, path: Path, resume: bool) -> list[JournalSegment]:
-        self.journal = Journal(path)
-        if (made := len(self.journal.entries)) and not resume:
-            raise DPZeroError(
-                f"{path} holds {made} releases of an earlier run on this data: call "
-                "train(resume_from_checkpoint=True) to go on, or use another output_dir."
-            )
-        return self.journal.segments
+    def _opened_journal(self, folder: Path, resume: bool) -> Journal:
+        self.journal = open_journal(folder, resume)
+        return self.journal
 
-    def _enter(
-        self, perturbation: Perturbation, optimizer: DPZeroOptimizer, at_checkpoint: bool
-    ) -> list[JournalSegment]:
+    def _entered(self, perturbation: Perturbation, optimizer: DPZeroOptimizer, at_checkpoint: bool) -> Journal:
         assert self.journal is not None
-        folder, model = self.journal.path.parent, perturbation.model
-        folder.mkdir(parents=True, exist_ok=True)
-        start = self.segments[0].header["start"] if self.journal.entries else None
-        if start is None:
-            save_start(model, perturbation, folder)
-            save_basis(self.basis, folder)
-        elif not at_checkpoint:
-            load_start(perturbation, folder, start)
-        header = plan_header(self.plan, perturbation, optimizer, model, start)
-        if self.journal.entries:
-            header = in_version(header, self.segments[0].header["format_version"])
-        self.journal.begin(header)
-        return self.journal.segments
+        enter_journal(self.journal, self.plan, perturbation, optimizer, self._chosen, at_checkpoint)
+        return self.journal

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DynamoBackend, is_compiled_module
+from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments
@@ -22,35 +23,30 @@ from peft_dpzero.checks.arguments import (
     forward_only,
     stop_checkpointing,
 )
-from peft_dpzero.checks.compiled import check_compiled, check_compiled_parts
+from peft_dpzero.checks.compiled import check_compiled_parts
 from peft_dpzero.checks.data import check_collator, check_columns, check_dataset, check_labels, check_public
-from peft_dpzero.checks.passes import Passes, fit_passes
-from peft_dpzero.checks.probe import Probe
 from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.batching import without_column
-from peft_dpzero.estimation.losses import Losses, Shortcuts
 from peft_dpzero.estimation.sampling import seeded_secret
 from peft_dpzero.estimation.tasks import Task, as_task
 from peft_dpzero.mechanism.plan import PrivacyPlan
 from peft_dpzero.mechanism.private_sum import Released
-from peft_dpzero.perturbation.basis import Basis
-from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.processes import check_processes
-from peft_dpzero.public.basis import find_basis
-from peft_dpzero.public.rows import public_rows
 from peft_dpzero.release.digests import parameters_digest
 from peft_dpzero.release.optimizer import Estimate
 from peft_dpzero.training.checkpoints import checkpoint_step, checkpoint_to_resume
 from peft_dpzero.training.offloading import bring_trained_into_memory, is_offloaded
 from peft_dpzero.training.optimizers import as_dpzero_optimizer, optimizer_for, warn_of_small_moves
 from peft_dpzero.training.pacing import step_loader
+from peft_dpzero.training.preparing import PreparingMixin
 from peft_dpzero.training.reporting import ReportingMixin
 from peft_dpzero.training.run import Run
 from peft_dpzero.training.saving import SavingMixin
+from peft_dpzero.training.settling import Given
 
 
-class DPZeroTrainerMixin(SavingMixin, ReportingMixin):
+class DPZeroTrainerMixin(PreparingMixin, SavingMixin, ReportingMixin):
     """Makes a `transformers.Trainer` subclass private: put it first among the bases.
 
     The logical batch is `per_device_train_batch_size × gradient_accumulation_steps × processes` on average;
@@ -99,6 +95,7 @@ class DPZeroTrainerMixin(SavingMixin, ReportingMixin):
         args = TrainingArguments("trainer_output") if args is None else args
         check_arguments(args)
         check_processes(args.world_size, args.world_size)
+        self._given = Given.of(args, kwargs.get("optimizers"))
         self.dpzero_config = dpzero_config
         self.public_text = public_text
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
@@ -144,12 +141,18 @@ class DPZeroTrainerMixin(SavingMixin, ReportingMixin):
 
     @property
     def _length(self) -> dict[str, Any]:
+        if self._time_decides:
+            return {"steps": self._given.steps}
         steps = int(self.args.max_steps)
         return {"steps": steps if steps > 0 else None, "epochs": float(self.args.num_train_epochs)}
 
     @property
     def privacy_plan(self) -> PrivacyPlan:
-        """q, σ, T and what they cost; calibrated at first use, before any data is read."""
+        """q, σ, T and what they cost; calibrated at first use, before any data is read.
+
+        Raises:
+            DPZeroError: `minutes` decides, and `train` has not measured yet.
+        """
         return self.run.plan
 
     def privacy_record(self) -> dict[str, Any]:
@@ -167,6 +170,8 @@ class DPZeroTrainerMixin(SavingMixin, ReportingMixin):
         Raises:
             DPZeroError: see the class; also an output folder that holds another run's journal.
         """
+        minutes = self.dpzero_config.minutes
+        deadline = None if minutes is None else time.monotonic() + 60 * minutes
         check_dataset(self.train_dataset)
         if self.public_text is not None and self.args.weight_decay:
             raise DPZeroError("weight_decay shrinks parameters out of the basis of public_text: set it to 0.")
@@ -179,14 +184,13 @@ class DPZeroTrainerMixin(SavingMixin, ReportingMixin):
         run, folder = self.run, Path(self.args.output_dir)
         self._weights_step = None
         with run.opened(folder, resume=bool(resume_from_checkpoint), **self._length):
+            check_weights(self.model)
+            self._prepare_run(deadline)
             if run.plan.steps < run.steps:
                 warnings.warn(
                     f"Training stops after {run.plan.steps} steps: the next would pass target_epsilon.", stacklevel=2
                 )
                 self.args.max_steps = run.plan.steps
-            check_weights(self.model)
-            run.take_basis(None if self.public_text is None else self._found_basis)
-            self._passes = self._fitted_passes()
             checkpoint = run.processes.on_main(lambda: checkpoint_to_resume(resume_from_checkpoint, run.journal))
             self.create_optimizer()
             warn_of_small_moves(self._dpzero_optimizer, run.plan.steps)
@@ -206,40 +210,6 @@ class DPZeroTrainerMixin(SavingMixin, ReportingMixin):
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         return TrainOutput(self.state.global_step, math.nan, {})
-
-    def _found_basis(self) -> Basis:
-        """The basis for directions, from public text."""
-        config, model = self.dpzero_config, self.accelerator.unwrap_model(self.model)
-        rows = public_rows(self.public_text, self.task, model, self.processing_class, config.max_length)
-        collate = self._get_collator_with_removed_columns(self.data_collator, description="public")
-        return find_basis(model, self.task, rows, collate, self._prepare_inputs, config.basis_size)
-
-    def _fitted_passes(self) -> Passes:
-        """How rows go through the model as the Trainer prepares it."""
-        if not self._compiles:
-            self.accelerator.prepare_model(self.model.eval())
-        return fit_passes(
-            self.run.perturbation(self.model),
-            self.task,
-            self.dpzero_config,
-            self._prepare_inputs,
-            device=self.args.device,
-            expected_rows=self.run.expected_rows,
-            most_rows=self.args.per_device_train_batch_size,
-            max_tokens=self.max_tokens_per_micro_batch,
-            compiles=self._compiles,
-        )
-
-    @property
-    def _compiles(self) -> bool:
-        return self._compiled is not None or self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
-
-    def _compiled_losses(self, model: nn.Module, perturbation: Perturbation, losses: Losses) -> Losses:
-        """Losses of a compiled `model`: of one point at a time with nothing shared."""
-        if Probe.suits(self.model):
-            plain, compiled = (Probe(one, self.args.device, self.task, True).run for one in (self.model, model))
-            check_compiled(perturbation, plain, compiled)
-        return Losses(model, self.task, self._prepare_inputs, Shortcuts(label_logits=losses.shortcuts.label_logits))
 
     def begin_steps(self, model: nn.Module) -> None:
         """Connects what the run's steps are made of; the first step does it.

@@ -78,7 +78,14 @@ def padded(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def trainer(folder: Path, model: Any, data: Dataset, callbacks: Any = None, **changes: Any) -> DPZeroTrainer:
-    config = DPZeroConfig(noise_multiplier=1.0, target_delta=1e-5, num_directions=2, deterministic=True)
+    config = DPZeroConfig(
+        noise_multiplier=1.0,
+        target_delta=1e-5,
+        num_directions=2,
+        clipping_threshold=10.0,
+        smoothing_parameter=1e-3,
+        deterministic=True,
+    )
     return DPZeroTrainer(
         model,
         arguments(folder, **changes),

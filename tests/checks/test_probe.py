@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from datasets import Dataset
-from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer, Task, TokenTask, Verbalizer, infer_task
+from peft_dpzero import DPZeroError, DPZeroTrainer, Task, TokenTask, Verbalizer, infer_task
 from peft_dpzero.checks.causes import check_batch_norm
 from peft_dpzero.checks.probe import Probe
 from peft_dpzero.estimation.shapes import Shapes
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from tiny import SwitchLayer, arguments, tiny_dataset, tiny_model
+from tiny import SwitchLayer, arguments, explicit, tiny_dataset, tiny_model
 
 CPU = torch.device("cpu")
 PLACE = "bert.encoder.layer.0.output.dropout"
@@ -46,7 +46,7 @@ def shared(model: Any) -> Mapping[int, Sequence[int]]:
     """How many rows share passes, by padded length."""
     perturbation, probe = Perturbation(model), Probe(model, CPU, infer_task(model), asserted=True)
     shapes = probe.fit_shapes(perturbation, Shapes(64, 16))
-    config = DPZeroConfig(noise_multiplier=1.0, target_delta=1e-5, num_directions=1)
+    config = explicit(noise_multiplier=1.0, target_delta=1e-5, num_directions=1)
     return probe.tried_shapes(perturbation, probe.losses(perturbation, dict), shapes, config).together
 
 
@@ -147,7 +147,7 @@ def test_rows_whose_own_points_fill_a_pass_go_alone() -> None:
     perturbation, probe = Perturbation(model), Probe(model, CPU, infer_task(model))
     for rows, directions, alone in ((64, 1, False), (64, 16, True), (1024, 16, False)):
         shapes = probe.fit_shapes(perturbation, Shapes(rows, 4, max_length=10))
-        config = DPZeroConfig(noise_multiplier=1.0, target_delta=1e-5, num_directions=directions)
+        config = explicit(noise_multiplier=1.0, target_delta=1e-5, num_directions=directions)
         tried = probe.tried_shapes(perturbation, probe.losses(perturbation, dict), shapes, config)
         assert (not tried.together) == alone
 
@@ -194,7 +194,7 @@ def test_batch_norm_is_refused_also_where_there_are_no_tokens(norm: nn.Module, t
         Features(),
         arguments(tmp_path),
         train_dataset=tiny_dataset("classifier"),
-        dpzero_config=DPZeroConfig(noise_multiplier=1.0, target_delta=1e-5),
+        dpzero_config=explicit(noise_multiplier=1.0, target_delta=1e-5),
         per_example_loss=lambda outputs, labels: outputs[:, 0],
     )
     with pytest.raises(DPZeroError, match=r"batch norm.* norm \("):
@@ -225,7 +225,13 @@ def test_rows_without_tokens_share_passes_on_the_users_word(asserted: bool, tmp_
     model = TokensOrFeatures(tiny_model("classifier").config).eval()
     model.requires_grad_(False).classifier.requires_grad_(True)
     features = torch.randn(64, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    config = DPZeroConfig(noise_multiplier=1.0, target_delta=1e-5, rows_asserted_independent=asserted)
+    config = explicit(
+        noise_multiplier=1.0,
+        target_delta=1e-5,
+        rows_asserted_independent=asserted,
+        clipping_threshold=10.0,
+        smoothing_parameter=1e-3,
+    )
     run = DPZeroTrainer(
         model,
         arguments(tmp_path, per_device_train_batch_size=16),

@@ -11,7 +11,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft_dpzero import (
     ClassificationTask,
-    DPZeroConfig,
     DPZeroError,
     FunctionTask,
     Seq2SeqTask,
@@ -31,7 +30,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from tiny import tiny_model, token_rows
+from tiny import explicit, tiny_model, token_rows
 
 WORDS = ["[PAD]", "[UNK]", "[MASK]", "good", "bad", "very", "a", "film", "it", "was", "dull"]
 
@@ -159,7 +158,7 @@ def test_an_example_without_loss_contributes_zero(tokenizer: Any) -> None:
     model = tiny_model("masked_lm")
     losses = Losses(model, Verbalizer(tokenizer, ["good", "bad"], causal=False), lambda batch: batch)
     perturbation = Perturbation(model)
-    config = DPZeroConfig(noise_multiplier=0.0, target_delta=1e-5, num_directions=2)
+    config = explicit(noise_multiplier=0.0, target_delta=1e-5, num_directions=2)
 
     def values(texts: list[str]) -> tuple[float, ...]:
         batch = masked(tokenizer, texts)

@@ -10,14 +10,14 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer, Released
+from peft_dpzero import DPZeroError, DPZeroTrainer, Released
 from peft_dpzero.estimation.batching import LogicalBatches
 from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
 from peft_dpzero.estimation.shapes import Shapes
 from peft_dpzero.estimation.units import units_by_column
 from peft_dpzero.mechanism.private_sum import PrivateSum
 
-from tiny import arguments, drawn_values, tiny_dataset, tiny_model
+from tiny import arguments, drawn_values, explicit, tiny_dataset, tiny_model
 
 SIZES = [1, 2, 3, 7, 50, 500]
 
@@ -85,7 +85,7 @@ def test_many_examples_count_as_their_mean(tmp_path: Path) -> None:
         kept: list[Released] = []
         release = PrivateSum.release
         monkeypatch.setattr(PrivateSum, "release", lambda *a: kept.append(release(*a)) or kept[-1])
-        config = DPZeroConfig(
+        config = explicit(
             noise_multiplier=0, target_delta=1e-5, privacy_unit="user_id", max_examples_per_unit=1000, num_directions=3
         )
         trainer = DPZeroTrainer(
@@ -107,7 +107,7 @@ def test_many_examples_count_as_their_mean(tmp_path: Path) -> None:
 
 def test_units_set_the_plan_the_record_and_the_card(tmp_path: Path) -> None:
     data = owned([i // 4 for i in range(64)])
-    config = DPZeroConfig(noise_multiplier=1.0, target_delta=1e-5, privacy_unit="user_id", num_directions=2)
+    config = explicit(noise_multiplier=1.0, target_delta=1e-5, privacy_unit="user_id", num_directions=2)
     trainer = DPZeroTrainer(
         tiny_model("classifier"), arguments(tmp_path, max_steps=-1, num_train_epochs=2), train_dataset=data,
         dpzero_config=config,

@@ -7,9 +7,11 @@ import json
 import dp_accounting
 import pytest
 from dp_accounting.pld import PLDAccountant
-from peft_dpzero import DPZeroConfig, DPZeroError, make_plan
+from peft_dpzero import DPZeroError, make_plan
 from peft_dpzero.mechanism.accountant import Accountant, Segment
 from peft_dpzero.release.record import privacy_record
+
+from tiny import explicit
 
 ACCOUNTANT = Accountant("add_or_remove_one", 1e-5, "gaussian")
 
@@ -37,7 +39,7 @@ def test_nothing_is_proven_of_what_is_unknown(neighboring: str, mechanism: str) 
 
 @pytest.mark.parametrize("neighboring", ["add_or_remove_one", "replace_one"])
 def test_recorded_epsilon_is_what_another_accountant_computes(neighboring: str) -> None:
-    config = DPZeroConfig(noise_multiplier=1.5, target_delta=1e-5, neighboring=neighboring)
+    config = explicit(noise_multiplier=1.5, target_delta=1e-5, neighboring=neighboring)
     record = json.loads(json.dumps(privacy_record(make_plan(config, 2000, 50, 300), steps=300)))
 
     relation = dp_accounting.NeighboringRelation[record["neighboring"].upper()]
@@ -50,7 +52,7 @@ def test_recorded_epsilon_is_what_another_accountant_computes(neighboring: str) 
 
 def test_records_without_a_guarantee_say_so() -> None:
     for changes in ({"deterministic": True}, {"noise_multiplier": 0}):
-        config = DPZeroConfig(**({"noise_multiplier": 1.0, "target_delta": 1e-5} | changes))
+        config = explicit(**({"noise_multiplier": 1.0, "target_delta": 1e-5} | changes))
         record = privacy_record(make_plan(config, 2000, 50, 10), steps=10)
         assert record["epsilon"] is None
         assert record["guarantee"].startswith("none")
@@ -62,7 +64,7 @@ def test_records_without_a_guarantee_say_so() -> None:
 )
 def test_impossible_plans_are_refused(units: int, batch: int, steps: int, words: str) -> None:
     with pytest.raises(DPZeroError, match=words):
-        make_plan(DPZeroConfig(noise_multiplier=1.0, target_delta=1e-5), units, batch, steps)
+        make_plan(explicit(noise_multiplier=1.0, target_delta=1e-5), units, batch, steps)
 
 
 @pytest.mark.parametrize(
@@ -84,9 +86,9 @@ def test_impossible_plans_are_refused(units: int, batch: int, steps: int, words:
 )
 def test_wrong_values_name_their_field(changes: dict[str, object], field: str) -> None:
     with pytest.raises(ValueError, match=field):
-        DPZeroConfig(**({"target_epsilon": 2.0, "target_delta": 1e-5} | changes))
+        explicit(**({"target_epsilon": 2.0, "target_delta": 1e-5} | changes))
 
 
 def test_hardly_any_noise_is_accounted_in_no_time() -> None:
-    plan = make_plan(DPZeroConfig(noise_multiplier=0.01, target_delta=1e-5), 2000, 50, 3)
+    plan = make_plan(explicit(noise_multiplier=0.01, target_delta=1e-5), 2000, 50, 3)
     assert 5000 < plan.epsilon() < 50_000

@@ -14,10 +14,12 @@ from peft_dpzero.mechanism.clipping import SENSITIVITY, clip, normalized
 from peft_dpzero.mechanism.contribution import COUNT_SHARE, LOSS_SHARE, Contributions
 from peft_dpzero.mechanism.private_sum import PrivateDifferences, PrivateSum
 
+from tiny import explicit
+
 
 def config(**changes: object) -> DPZeroConfig:
     values: dict[str, object] = {"noise_multiplier": 0, "target_delta": 1e-5, "clipping_threshold": 3.0}
-    return DPZeroConfig(**(values | {"num_directions": 4} | changes))
+    return explicit(**(values | {"num_directions": 4} | changes))
 
 
 def differences(count: int, seed: int = 0, scale: float = 2.0) -> PrivateDifferences:
@@ -116,8 +118,8 @@ def test_automatic_clipping_gives_every_unit_nearly_the_same_norm() -> None:
 
 
 def test_a_private_loss_costs_no_more_than_the_plan() -> None:
-    plain = make_plan(DPZeroConfig(target_epsilon=2.0, target_delta=1e-5), 1000, 50, 100)
-    private = DPZeroConfig(target_epsilon=2.0, target_delta=1e-5, train_loss="private")
+    plain = make_plan(explicit(target_epsilon=2.0, target_delta=1e-5), 1000, 50, 100)
+    private = explicit(target_epsilon=2.0, target_delta=1e-5, train_loss="private")
     plan = make_plan(private, 1000, 50, 100, loss_interval=10)
     assert (plan.noise_multiplier, plan.epsilon()) == (plain.noise_multiplier, plain.epsilon())
     with pytest.raises(DPZeroError, match="logging_steps"):

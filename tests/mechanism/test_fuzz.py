@@ -12,11 +12,10 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from peft_dpzero import DPZeroConfig
 from peft_dpzero.mechanism.clipping import SENSITIVITY
 from peft_dpzero.mechanism.private_sum import PrivateDifferences, PrivateSum
 
-from tiny import clip_to_grid
+from tiny import clip_to_grid, explicit
 
 # float64 rounds a value of 2²⁰ grid units by less than this.
 ROUNDING = 1e-6
@@ -121,9 +120,7 @@ def test_rows_on_the_very_edge_do_not_pass_it(k: int, threshold: float) -> None:
 )
 def test_one_more_unit_moves_the_sum_by_at_most_the_sensitivity(rows: np.ndarray, threshold: float) -> None:
     """Through the one door, without noise: float32 losses, differenced at λ = 1e-3, in and out of the batch."""
-    config = DPZeroConfig(
-        noise_multiplier=0, target_delta=1e-5, clipping_threshold=threshold, num_directions=rows.shape[1]
-    )
+    config = explicit(noise_multiplier=0, target_delta=1e-5, clipping_threshold=threshold, num_directions=rows.shape[1])
     mechanism = PrivateSum(config, expected_batch_size=4)
     differences = torch.from_numpy(rows).double() / 2e-3
 

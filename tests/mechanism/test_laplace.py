@@ -17,12 +17,14 @@ from peft_dpzero.mechanism.private_sum import PrivateDifferences, PrivateSum
 from peft_dpzero.release.record import privacy_record
 from scipy import stats
 
+from tiny import explicit
+
 RELATIONS = ("add_or_remove_one", "replace_one")
 
 
 def config(**changes: object) -> DPZeroConfig:
     values: dict[str, object] = {"mechanism": "laplace", "num_directions": 1, "target_delta": 0, "target_epsilon": 4.0}
-    return DPZeroConfig(**(values | changes))
+    return explicit(**(values | changes))
 
 
 @pytest.mark.parametrize(("rate", "scale"), [(0.1, 2.0), (0.01, 0.5), (1.0, 3.0)])

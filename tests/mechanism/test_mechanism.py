@@ -17,7 +17,7 @@ from peft_dpzero.mechanism.noise import ExactNoise
 from peft_dpzero.mechanism.private_sum import PrivateDifferences, PrivateSum
 from scipy import stats
 
-from tiny import clip_to_grid
+from tiny import clip_to_grid, explicit
 
 # False alarms below one in a million.
 ALARM = 1e-6
@@ -25,7 +25,7 @@ ALARM = 1e-6
 
 def config(**changes: object) -> DPZeroConfig:
     values: dict[str, object] = {"noise_multiplier": 2.0, "target_delta": 1e-5, "clipping_threshold": 3.0}
-    return DPZeroConfig(**(values | changes))
+    return explicit(**(values | changes))
 
 
 SPECIAL = [0.0, -0.0, 5e-324, 1e-310, 1e-38, 1e38, -1e38, 1e300, -1e308, math.inf, -math.inf, math.nan, 1.0, 3.0]

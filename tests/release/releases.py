@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft_dpzero import DPZeroConfig, DPZeroTrainer, verify
+from peft_dpzero import DPZeroTrainer, verify
 
 from release.test_journal import rechained
-from tiny import arguments, tiny_dataset, tiny_model
+from tiny import arguments, config, tiny_dataset, tiny_model
 
 RECORD, CONFIG, ADAPTER = "privacy_record.json", "dpzero_config.json", "adapter_config.json"
 CARD, JOURNAL = "README.md", "dpzero_journal"
@@ -31,9 +31,7 @@ def trained(folder: Path, resume: bool = False, **changes: Any) -> DPZeroTrainer
         get_peft_model(tiny_model("classifier"), LORA),
         arguments(folder / "out", max_steps=5, logging_steps=2),
         train_dataset=data,
-        dpzero_config=DPZeroConfig(
-            **({"noise_multiplier": 1.0, "target_delta": 1e-5, "num_directions": 2} | changes),
-        ),
+        dpzero_config=config(**changes),
     )
     run.train(resume_from_checkpoint=resume)
     run.save_model(str(folder / "release"))

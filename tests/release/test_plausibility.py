@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
-from peft_dpzero import DPZeroConfig, DPZeroSGD, make_plan, replay_journal
+from peft_dpzero import DPZeroSGD, make_plan, replay_journal
 from peft_dpzero.mechanism.clipping import SENSITIVITY
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.release.bundle import with_digests
@@ -23,7 +23,7 @@ from peft_dpzero.release.start import save_start
 from torch import Tensor
 
 from release.releases import LORA, failures
-from tiny import tiny_dataset, tiny_model
+from tiny import explicit, tiny_dataset, tiny_model
 
 UNITS, BATCH = 64, 4
 
@@ -31,7 +31,7 @@ UNITS, BATCH = 64, 4
 def segment(values: Any, sigma: float = 1.0, **changes: Any) -> JournalSegment:
     """A run with the released `values`, (T, K) in units of 2²⁰."""
     options: dict[str, Any] = {"target_delta": 1e-5, "num_directions": len(values[0])} | changes
-    config = DPZeroConfig(noise_multiplier=sigma, **options).to_dict()
+    config = explicit(noise_multiplier=sigma, **options).settled().to_dict()
     header = {"config": config, "expected_batch_size": BATCH, "sample_rate": BATCH / UNITS, "first_step": 0}
     entries = [
         JournalEntry(step, (0.1,), 0, tuple(round(value * SENSITIVITY) for value in row))
@@ -122,7 +122,7 @@ def forged(folder: Path, rate: float | None = None) -> float:
     release.mkdir()
     model = get_peft_model(tiny_model("classifier"), LORA)
     width = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    config = DPZeroConfig(noise_multiplier=1.0, target_delta=1e-5, num_directions=width)
+    config = explicit(noise_multiplier=1.0, target_delta=1e-5, num_directions=width).settled()
     plan = make_plan(config, UNITS, BATCH, 1)
     perturbation = Perturbation(model)
     save_start(model, perturbation, release)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft_dpzero import DPZeroConfig, DPZeroTrainer, verify
+from peft_dpzero import DPZeroTrainer, verify
 from peft_dpzero.release.bundle import is_released, is_tolerated
 from peft_dpzero.release.staging import put_in_place, staging
 from safetensors.torch import save_file
@@ -18,7 +18,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from release.releases import RECORD, failures, trained
-from tiny import arguments, tiny_dataset, tiny_model
+from tiny import arguments, explicit, tiny_dataset, tiny_model
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_parts_of_an_older_model_go(tmp_path: Path) -> None:
         tiny_model("classifier"),
         arguments(tmp_path, max_steps=1),
         train_dataset=tiny_dataset("classifier"),
-        dpzero_config=DPZeroConfig(noise_multiplier=1.0, target_delta=1e-5, num_directions=2),
+        dpzero_config=explicit(noise_multiplier=1.0, target_delta=1e-5, num_directions=2),
     )
     run.train()
     run.save_model()
@@ -123,7 +123,7 @@ def test_a_release_has_its_tokenizer_and_checkpoints_beside_it_do_not_count(tmp_
         arguments(tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=1),
         train_dataset=tiny_dataset("classifier"),
         processing_class=AutoTokenizer.from_pretrained(tmp_path / "base"),
-        dpzero_config=DPZeroConfig(noise_multiplier=1.0, target_delta=1e-5),
+        dpzero_config=explicit(noise_multiplier=1.0, target_delta=1e-5),
     )
     run.train()
     run.save_model()

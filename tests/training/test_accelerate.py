@@ -165,7 +165,12 @@ def test_ranks_with_different_runs_stop_before_the_first_release(tmp_path: Path)
 
 def private_step(world_size: int, accelerator: Accelerator | None) -> PrivateStep:
     model = distributed_run.lora_model(seed=0)
-    plan = make_plan(DPZeroConfig(noise_multiplier=1.0, target_delta=1e-3), 64, 8, 3)
+    plan = make_plan(
+        DPZeroConfig(noise_multiplier=1.0, target_delta=1e-3, clipping_threshold=10.0, smoothing_parameter=1e-3),
+        64,
+        8,
+        3,
+    )
     sampler = PoissonSampler(64, plan.sample_rate, new_secret())
     batches = LogicalBatches(tiny_dataset("classifier"), sampler, list, Shapes(8, 4), 0, world_size)
     perturbation = Perturbation(model)

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from transformers import default_data_collator
 
 import killed_runs
-from tiny import arguments, tiny_dataset, tiny_model
+from tiny import arguments, config, tiny_dataset, tiny_model
 
 KILLS = 30
 
@@ -75,9 +75,7 @@ def run(folder: Path, steps: int, seed: int = 0, **changes: Any) -> DPZeroTraine
         get_peft_model(tiny_model("classifier"), lora),
         arguments(folder, max_steps=steps, **settings),
         train_dataset=tiny_dataset("classifier"),
-        dpzero_config=DPZeroConfig(
-            **({"noise_multiplier": 1.0, "target_delta": 1e-5, "num_directions": 2} | changes),
-        ),
+        dpzero_config=config(**changes),
     )
 
 
@@ -187,7 +185,14 @@ def test_ctrl_c_while_a_release_goes_to_disk_forgets_no_epsilon(
 
 def test_a_step_without_a_journal_releases_once_and_in_order() -> None:
     model, data = tiny_model("classifier"), tiny_dataset("classifier")
-    plan = make_plan(DPZeroConfig(noise_multiplier=1.0, target_delta=1e-5, num_directions=2), len(data), 4, 3)
+    plan = make_plan(
+        DPZeroConfig(
+            noise_multiplier=1.0, target_delta=1e-5, num_directions=2, clipping_threshold=10.0, smoothing_parameter=1e-3
+        ),
+        len(data),
+        4,
+        3,
+    )
     perturbation, task = Perturbation(model), infer_task(model)
     optimizer = DPZeroSGD(perturbation.parameters.values())
     batches = LogicalBatches(

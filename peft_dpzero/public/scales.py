@@ -1,0 +1,125 @@
+"""How steep losses are, and how long passes take: measured on rows that are public or made up."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peft_dpzero.config import SMALLEST_MOVE
+from peft_dpzero.errors import DPZeroError
+from peft_dpzero.estimation.differences import losses_at, points_of
+from peft_dpzero.estimation.losses import Losses, MicroBatch
+from peft_dpzero.estimation.shapes import stacked_rows
+from peft_dpzero.perturbation.perturbation import Perturbation
+
+# Directions along which a row's loss is read.
+_DIRECTIONS = 4
+# λ is one of these or lies between two: half powers of ten.
+_MOVES = tuple(10.0 ** (power / 2) for power in range(-8, 1))
+# Rows and points of the passes that are timed.
+_TIMED_ROWS = 16
+_FEW_POINTS, _MANY_POINTS = 2, 18
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """How losses change along a direction.
+
+    Attributes:
+        typical: the root mean square of a row's slopes along directions, its median over rows.
+        smoothing_parameter: λ at which they are told best.
+        disagreement: how far slopes at half a power of ten below and above it differ, relative to their size.
+    """
+
+    typical: float
+    smoothing_parameter: float
+    disagreement: float
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What a step takes: `step` + rows · (`row` + points · `point`)."""
+
+    row: float
+    point: float
+    step: float = 0.05
+
+    def of(self, rows: float, points: int) -> float:
+        """Seconds of a step with `rows` rows at `points` points each."""
+        return self.step + rows * (self.row + points * self.point)
+
+
+def measure_slopes(
+    losses: Losses,
+    rows: Sequence[MicroBatch],
+    perturbation: Perturbation,
+    difference: str,
+    smoothing_parameter: float | None = None,
+) -> Slopes:
+    """Reads slopes at several λ and takes the λ at which they agree best with those at the next.
+
+    Too small a λ leaves the rounding of the losses, too large a one their curvature.
+
+    Args:
+        losses: of the model.
+        rows: micro-batches of one row each.
+        perturbation: over the trainable parameters, where training starts.
+        difference: 'central' or 'forward'.
+        smoothing_parameter: λ if it is known.
+
+    Raises:
+        DPZeroError: no λ gives slopes that are finite and not 0.
+    """
+    moves = _MOVES if smoothing_parameter is None else (smoothing_parameter, 2 * smoothing_parameter)
+    slopes = [_slopes(losses, rows, perturbation, difference, move) for move in moves]
+    found = [
+        (float((one - other).norm() / other.norm()), math.sqrt(move * larger), other)
+        for move, larger, one, other in zip(moves, moves[1:], slopes, slopes[1:], strict=False)
+    ]
+    usable = [candidate for candidate in found if math.isfinite(candidate[0])]
+    if not usable:
+        raise DPZeroError(
+            "No step size tells how the loss changes: it is not finite, or no made-up row moves it. Give "
+            "clipping_threshold and smoothing_parameter, or public_text."
+        )
+    disagreement, move, made = min(usable, key=lambda candidate: candidate[0])
+    typical = float(made.square().mean(dim=1).sqrt().median())
+    return Slopes(typical, max(smoothing_parameter or move, SMALLEST_MOVE), disagreement)
+
+
+def _slopes(
+    losses: Losses, rows: Sequence[MicroBatch], perturbation: Perturbation, difference: str, move: float
+) -> Tensor:
+    """(rows, directions) float64."""
+    points = points_of(_DIRECTIONS, move, difference)
+    values = torch.cat(losses_at(losses, rows, perturbation, 0, points), dim=1)  # [points, rows]
+    if difference == "forward":
+        return (values[1:] - values[0]).T / move
+    return (values[0::2] - values[1::2]).T / (2 * move)
+
+
+def measure_seconds(losses: Losses, row: MicroBatch, perturbation: Perturbation, move: float) -> Seconds:
+    """Times passes over copies of `row` at few points and at many.
+
+    Args:
+        losses: of the model.
+        row: of usual length.
+        perturbation: over the trainable parameters.
+        move: λ.
+    """
+    batch = stacked_rows([dict(row)] * _TIMED_ROWS)
+
+    def seconds(points: int) -> float:
+        start = time.perf_counter()
+        losses_at(losses, [batch], perturbation, 0, points_of(points // 2, move, "central"))
+        return time.perf_counter() - start
+
+    seconds(_FEW_POINTS)
+    few, many = seconds(_FEW_POINTS), seconds(_MANY_POINTS)
+    point = max(many - few, 1e-6) / (_TIMED_ROWS * (_MANY_POINTS - _FEW_POINTS))
+    return Seconds(max(few / _TIMED_ROWS - _FEW_POINTS * point, 0.0), point)

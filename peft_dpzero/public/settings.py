@@ -1,0 +1,183 @@
+"""Which settings a run takes where the user gave none: from what was measured on rows that are public or made up."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from scipy.optimize import brentq
+from scipy.stats import norm
+
+from peft_dpzero.config import DPZeroConfig, SettledConfig
+from peft_dpzero.errors import DPZeroError
+from peft_dpzero.public.scales import Seconds, Slopes
+
+# How large the mean gradient is, squared, beside a row's: not known before training, and about this early in it.
+SIGNAL_SHARE = 0.05
+# How much the noise in a run's updates may change a loss by its end.
+_WANDERING = 0.5
+_BATCHES = tuple(16 << power for power in range(8))
+_DIRECTIONS = tuple(1 << power for power in range(10))
+# A run of fewer steps than this is no training.
+FEWEST_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was chosen before training. None is what the user gave, or what was left to TrainingArguments.
+
+    Attributes:
+        source: what it was measured on: "public text" or "made-up rows".
+        clipping_threshold: C.
+        smoothing_parameter: λ.
+        num_directions: K.
+        expected_batch_size: B, of all processes.
+        steps: T.
+        learning_rate: η.
+    """
+
+    source: str
+    clipping_threshold: float | None = None
+    smoothing_parameter: float | None = None
+    num_directions: int | None = None
+    expected_batch_size: int | None = None
+    steps: int | None = None
+    learning_rate: float | None = None
+
+    def settled(self, config: DPZeroConfig) -> SettledConfig:
+        """`config` with what was chosen in place of what is None."""
+        return config.settled(
+            clipping_threshold=self.clipping_threshold,
+            smoothing_parameter=self.smoothing_parameter,
+            num_directions=self.num_directions,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The source and what was chosen, JSON-ready."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Variance:
+    """The expected squared error of an estimate of a gradient g, over the squared norm of a row's gradient.
+
+    With d coordinates, K directions, and B rows of gradients with variance s², clipped at about c√K:
+    d (‖g‖² / K + s² / (BK) + σ²c² / B²).
+    """
+
+    directions: float
+    sampling: float
+    noise: float
+
+    @classmethod
+    def of(cls, entries: float, num_directions: int, batch: int, noise_multiplier: float) -> Variance:
+        """For d = `entries`."""
+        return cls(
+            entries * SIGNAL_SHARE / num_directions,
+            entries / (batch * num_directions),
+            entries * (noise_multiplier / batch) ** 2,
+        )
+
+    @property
+    def total(self) -> float:
+        """The sum of the parts."""
+        return self.directions + self.sampling + self.noise
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A logical batch and a number of directions, and what they give."""
+
+    expected_batch_size: int
+    num_directions: int
+    steps: int
+    variance: Variance
+
+
+def choose_sizes(
+    config: DPZeroConfig,
+    seconds: Seconds,
+    *,
+    num_units: int,
+    entries: int,
+    budget: float,
+    processes: int = 1,
+    batch: int | None = None,
+    steps: int | None = None,
+) -> Choice:
+    """The batch and the directions with which a run of `budget` seconds estimates gradients best.
+
+    Args:
+        config: the budget of privacy, and K if it is given.
+        seconds: what passes take.
+        num_units: N.
+        entries: in how many coordinates directions lie.
+        budget: seconds for all steps.
+        processes: among which rows are split.
+        batch: B if it is given.
+        steps: T if it is given.
+
+    Raises:
+        DPZeroError: not even the smallest batch with one direction can be had for so little time.
+    """
+    batches = (batch,) if batch else [b for b in _BATCHES if b <= max(num_units // 4, _BATCHES[0]) and b <= num_units]
+    directions = (known,) if (known := config.known_directions) else _DIRECTIONS
+    points = 1 if config.difference == "forward" else 2
+
+    def choices() -> Iterator[Choice]:
+        for size, count in itertools.product(batches, directions):
+            once = seconds.of(size / processes, points * count)
+            made = steps or int(budget / once)
+            # Where all is given there is nothing to choose.
+            if (made >= FEWEST_STEPS and made * once <= 1.01 * budget) or (steps and batch and config.known_directions):
+                sigma = rough_noise(config, size / num_units, made)
+                yield Choice(size, count, made, Variance.of(entries, count, size, sigma))
+
+    best = min(choices(), key=lambda choice: choice.variance.total / choice.steps, default=None)
+    if best is None:
+        least = seconds.of(batches[0] / processes, points * directions[0]) * (steps or FEWEST_STEPS)
+        raise DPZeroError(
+            f"{steps or FEWEST_STEPS} steps take {least / 60:.1g} minutes at least here, and {budget / 60:.1g} are "
+            "left of `minutes`: give more, or train fewer or higher layers."
+        )
+    return best
+
+
+def learning_rate(slopes: Slopes, steps: int) -> float:
+    """η with which the noise of a run of AdamW changes a loss by about `_WANDERING`, at a rate that falls to 0.
+
+    Each number moves by η · (1 − t/T) in an unknown direction at each step: by η√(T/3) in all.
+    """
+    return _two_digits(_WANDERING / (slopes.typical * math.sqrt(steps / 3)))
+
+
+def clipping_threshold(slopes: Slopes, num_directions: int) -> float:
+    """C: the usual norm of a row's slopes along K directions."""
+    return _two_digits(slopes.typical * math.sqrt(num_directions))
+
+
+def rough_noise(config: DPZeroConfig, sample_rate: float, steps: int) -> float:
+    """About the σ that the accountant will calibrate, by the central limit theorem (Bu et al. 2020, arXiv 1911.11607):
+    T releases at rate q are μ-Gaussian private with μ = q √(T (exp(1/σ²) − 1)).
+    """
+    if config.noise_multiplier is not None:
+        return config.noise_multiplier
+    if config.mechanism == "laplace":
+        return sample_rate * steps
+    assert config.target_epsilon is not None
+    assert config.target_delta is not None
+    # Beyond this ε nothing is hidden, and exp overflows.
+    epsilon, delta = min(config.target_epsilon, 500.0), config.target_delta
+
+    def excess(mu: float) -> float:
+        return float(norm.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon) * norm.cdf(-mu / 2 - epsilon / mu)) - delta
+
+    mu = float(brentq(excess, 1e-4, 50.0)) if excess(1e-4) < 0 < excess(50.0) else 50.0
+    return 1 / math.sqrt(math.log1p((mu / sample_rate) ** 2 / steps))
+
+
+def _two_digits(value: float) -> float:
+    return float(f"{value:.2g}")

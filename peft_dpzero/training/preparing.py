@@ -1,0 +1,151 @@
+"""What a Trainer finds out before its first step: a basis, settings, and how rows go through the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import DynamoBackend
+from torch import nn
+
+from peft_dpzero.checks.compiled import check_compiled
+from peft_dpzero.checks.passes import Passes, TriedModel, try_model
+from peft_dpzero.checks.probe import Probe
+from peft_dpzero.config import DPZeroConfig
+from peft_dpzero.errors import DPZeroError
+from peft_dpzero.estimation.losses import Losses, MicroBatch, Shortcuts
+from peft_dpzero.estimation.tasks import Task
+from peft_dpzero.perturbation.basis import Basis
+from peft_dpzero.perturbation.perturbation import Perturbation
+from peft_dpzero.public.basis import find_basis
+from peft_dpzero.public.rows import public_rows
+from peft_dpzero.public.settings import Settings
+from peft_dpzero.training.run import Run
+from peft_dpzero.training.settling import Given, find_settings, public_batches, rows_to_measure
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Host
+else:
+    _Host = object
+
+
+class PreparingMixin(_Host):  # type: ignore[misc]
+    """The part of a private Trainer that comes before training. No private row is read."""
+
+    dpzero_config: DPZeroConfig
+    task: Task
+    public_text: Any
+    max_tokens_per_micro_batch: int | None
+    logical_batch_size: int
+    _given: Given
+    _compiled: Any
+    _passes: Passes
+
+    @property
+    def run(self) -> Run:
+        """The private run."""
+        raise NotImplementedError
+
+    def _prepare_run(self, deadline: float | None) -> None:
+        """Settles what the run lacks, with the Trainer's arguments, and tries how rows go through the model.
+
+        Args:
+            deadline: when training should be over, by `time.monotonic`, if time decides its sizes.
+        """
+        run = self.run
+        run.take_basis(None if self.public_text is None else self._found_basis)
+        if not self._compiles:
+            self.accelerator.prepare_model(self.model.eval())
+        perturbation = run.perturbation(self.model)
+        tried = try_model(
+            perturbation,
+            self.task,
+            self.dpzero_config,
+            self._prepare_inputs,
+            device=self.args.device,
+            compiles=self._compiles,
+        )
+        found: list[Passes] = []
+
+        def measured() -> Settings:
+            settings, passes = self._measured(tried, perturbation, deadline)
+            found.append(passes)
+            return settings
+
+        run.take_settings(measured)
+        if run.chosen is not None:
+            self._follow(run.chosen)
+        # What was measured on one process may be no other's.
+        self._passes = found[0] if found and run.processes.count == 1 else self._passes_of(tried, perturbation)
+
+    def _passes_of(self, tried: TriedModel, perturbation: Perturbation) -> Passes:
+        run = self.run
+        return tried.passes_for(
+            perturbation,
+            run.config.settled(),
+            expected_rows=run.expected_rows,
+            most_rows=self._most_rows or max(1, round(run.expected_rows)),
+            max_tokens=self.max_tokens_per_micro_batch,
+        )
+
+    @property
+    def _most_rows(self) -> int | None:
+        return self._given.most_rows if self._time_decides else int(self.args.per_device_train_batch_size)
+
+    @property
+    def _time_decides(self) -> bool:
+        return self.dpzero_config.minutes is not None
+
+    def _measured(
+        self, tried: TriedModel, perturbation: Perturbation, deadline: float | None
+    ) -> tuple[Settings, Passes]:
+        of_time: dict[str, Any] = {}
+        if self._time_decides:
+            given = self._given
+            if given.learning_rate is None and "sgd" in str(self.args.optim).lower():
+                raise DPZeroError("With minutes=…, AdamW's learning rate is chosen: give learning_rate for SGD.")
+            of_time = {
+                "batch": given.batch,
+                "steps": given.steps,
+                "learning_rate": given.learning_rate,
+                "deadline": deadline,
+            }
+        rows = rows_to_measure(tried, self._public_batches(tried))
+        sizes = self.run.sizes(self._most_rows, self.max_tokens_per_micro_batch, **of_time)
+        return find_settings(tried, perturbation, self.dpzero_config, *rows, sizes)
+
+    def _follow(self, chosen: Settings) -> None:
+        """Gives the Trainer's loop what was chosen for the run."""
+        if chosen.expected_batch_size is not None:
+            self.logical_batch_size = chosen.expected_batch_size
+        if self._time_decides:
+            self.args.max_steps = self.run.plan.steps
+        if chosen.learning_rate is not None:
+            self.args.learning_rate = chosen.learning_rate
+
+    def _public_rows(self) -> list[dict[str, Any]]:
+        model = self.accelerator.unwrap_model(self.model)
+        return public_rows(self.public_text, self.task, model, self.processing_class, self.dpzero_config.max_length)
+
+    def _public_collator(self) -> Any:
+        return self._get_collator_with_removed_columns(self.data_collator, description="public")
+
+    def _public_batches(self, tried: TriedModel) -> list[MicroBatch]:
+        if self.public_text is None:
+            return []
+        return public_batches(self._public_rows(), self._public_collator(), tried)
+
+    def _found_basis(self) -> Basis:
+        model = self.accelerator.unwrap_model(self.model)
+        size = self.dpzero_config.basis_size
+        return find_basis(model, self.task, self._public_rows(), self._public_collator(), self._prepare_inputs, size)
+
+    @property
+    def _compiles(self) -> bool:
+        return self._compiled is not None or self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+
+    def _compiled_losses(self, model: nn.Module, perturbation: Perturbation, losses: Losses) -> Losses:
+        """Losses of a compiled `model`: of one point at a time with nothing shared."""
+        if Probe.suits(self.model):
+            plain, compiled = (Probe(one, self.args.device, self.task, True).run for one in (self.model, model))
+            check_compiled(perturbation, plain, compiled)
+        return Losses(model, self.task, self._prepare_inputs, Shortcuts(label_logits=losses.shortcuts.label_logits))

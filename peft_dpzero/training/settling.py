@@ -1,0 +1,236 @@
+"""What a run needs to know and its user did not say: measured before training, without a private row."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Any
+
+from transformers import TrainingArguments
+
+from peft_dpzero.checks.passes import Passes, TriedModel
+from peft_dpzero.checks.probe import Probe
+from peft_dpzero.checks.synthetic import ProbeBatch
+from peft_dpzero.config import DEFAULT_DIRECTIONS, DPZeroConfig, SettledConfig
+from peft_dpzero.errors import DPZeroError
+from peft_dpzero.estimation.batching import LogicalBatches
+from peft_dpzero.estimation.differences import estimate_differences
+from peft_dpzero.estimation.losses import MicroBatch
+from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
+from peft_dpzero.estimation.shapes import Shapes, as_row
+from peft_dpzero.perturbation.perturbation import Perturbation
+from peft_dpzero.public.scales import measure_seconds, measure_slopes
+from peft_dpzero.public.settings import (
+    FEWEST_STEPS,
+    Settings,
+    choose_sizes,
+    clipping_threshold,
+    learning_rate,
+)
+from peft_dpzero.release.journal import JournalSegment
+
+MADE_UP, PUBLIC = "made-up rows", "public text"
+# Rows whose slopes are read.
+_READ = 8
+# Of made-up rows: the longest, unless `max_length` is less, and the parts of it that they have.
+_LONGEST = 64
+_PARTS = (0.25, 0.5, 0.5, 0.75)
+# What steps take besides what was timed, and what is left for saving.
+_RESERVE = 1.1
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a run's settings must suit.
+
+    Attributes:
+        num_units: N.
+        rows_a_unit: how many rows a unit may have in a step.
+        processes: among which rows are split.
+        most_rows: rows that go through the model at once at most; None allows as many as a process draws.
+        max_tokens: tokens that go through the model at once.
+        batch: B, if the user gave it.
+        steps: T, if the user gave it.
+        learning_rate: η, if the user gave it.
+        deadline: when training should be over, by `time.monotonic`; None leaves sizes to the user.
+    """
+
+    num_units: int
+    rows_a_unit: int
+    processes: int
+    most_rows: int | None
+    max_tokens: int | None
+    batch: int | None
+    steps: int | None
+    learning_rate: float | None
+    deadline: float | None
+
+
+@dataclass(frozen=True)
+class Given:
+    """What of `TrainingArguments` is not their default, and so the user's word."""
+
+    batch: int | None
+    steps: int | None
+    learning_rate: float | None
+    most_rows: int | None
+
+    @classmethod
+    def of(cls, args: TrainingArguments, optimizers: Any = None) -> Given:
+        """Reads them; `optimizers` as passed to the Trainer."""
+        default = {name: field.default for name, field in TrainingArguments.__dataclass_fields__.items()}
+        rows = args.per_device_train_batch_size
+        asked = rows != default["per_device_train_batch_size"]
+        batch = int(rows * args.gradient_accumulation_steps * args.world_size)
+        own_rate = args.learning_rate != default["learning_rate"] or bool(optimizers and optimizers[0])
+        return cls(
+            batch if asked or args.gradient_accumulation_steps != 1 else None,
+            args.max_steps if args.max_steps > 0 else None,
+            args.learning_rate if own_rate else None,
+            rows if asked else None,
+        )
+
+
+def settings_of(segments: Sequence[JournalSegment]) -> Settings | None:
+    """What was chosen for the run that a journal is of; None if nothing was."""
+    chosen = segments[0].header.get("chosen") if segments else None
+    return None if chosen is None else Settings(**chosen)
+
+
+def public_batches(
+    rows: Sequence[Any], collate: Callable[[list[Any]], Any], tried: TriedModel, most: int = 256
+) -> list[MicroBatch]:
+    """Public rows as micro-batches of one, padded as in training; those that training would leave out are."""
+    shapes = tried.passes.shapes
+    made = (as_row(collate([row])) for row in islice(rows, most))
+    return [shapes.padded(row) for row in made if shapes.fits(row)]
+
+
+def _made_up_batches(probe: Probe, shapes: Shapes) -> list[MicroBatch]:
+    """Made-up rows of several lengths as micro-batches of one."""
+    longest = min(bound for bound in (shapes.max_length, shapes.limit, _LONGEST) if bound)
+    rows = probe.data.rows_of([max(1, int(part * longest)) for part in _PARTS])
+    return [probe.data.batch(ProbeBatch([row], 0, len(row))) for row in rows]
+
+
+def find_settings(
+    tried: TriedModel,
+    perturbation: Perturbation,
+    config: DPZeroConfig,
+    rows: Sequence[MicroBatch],
+    source: str,
+    sizes: Sizes,
+) -> tuple[Settings, Passes]:
+    """Measures what `config` leaves open, and how rows go through the model with that.
+
+    Args:
+        tried: the model.
+        perturbation: over it, where training starts.
+        config: the user's.
+        rows: micro-batches of one row each, public or made up.
+        source: which of the two they are.
+        sizes: of the run.
+
+    Raises:
+        DPZeroError: losses cannot be measured, or the time does not suffice.
+    """
+    losses = tried.passes.losses
+    try:
+        slopes = measure_slopes(losses, rows[:_READ], perturbation, config.difference, config.smoothing_parameter)
+    except (DPZeroError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # A user's function may want labels that nobody can make up.
+        raise DPZeroError(
+            f"The loss cannot be measured on {source} ({type(error).__name__}): give clipping_threshold and "
+            "smoothing_parameter."
+        ) from error
+    batch, directions, steps = sizes.batch, config.known_directions, sizes.steps
+    if sizes.deadline is not None:
+        row = sorted(rows, key=_tokens)[len(rows) // 2]
+        seconds = measure_seconds(losses, row, perturbation, slopes.smoothing_parameter)
+        choice = choose_sizes(
+            config,
+            seconds,
+            num_units=sizes.num_units,
+            entries=perturbation.num_coordinates,
+            budget=(sizes.deadline - time.monotonic()) / _RESERVE,
+            processes=sizes.processes,
+            batch=batch,
+            steps=steps,
+        )
+        batch, directions = choice.expected_batch_size, choice.num_directions
+    settled = config.settled(
+        clipping_threshold=clipping_threshold(slopes, directions or DEFAULT_DIRECTIONS),
+        smoothing_parameter=slopes.smoothing_parameter,
+        num_directions=directions,
+    )
+    assert batch is not None, "it is the user's unless time decides"
+    expected = batch / sizes.processes * sizes.rows_a_unit
+    passes = tried.passes_for(
+        perturbation,
+        settled,
+        expected_rows=expected,
+        most_rows=sizes.most_rows or max(1, round(expected)),
+        max_tokens=sizes.max_tokens,
+    )
+    rate = sizes.learning_rate
+    if sizes.deadline is not None:
+        once = _seconds_a_step(passes, perturbation, settled, rows, max(1, round(expected)))
+        left = (sizes.deadline - time.monotonic()) / _RESERVE
+        steps = steps or max(FEWEST_STEPS, int(left / once))
+        rate = rate or learning_rate(slopes, steps)
+    chosen = Settings(
+        source,
+        settled.clipping_threshold if config.clipping_threshold is None else None,
+        settled.smoothing_parameter if config.smoothing_parameter is None else None,
+        settled.num_directions if config.known_directions is None else None,
+        batch if sizes.batch is None else None,
+        steps if sizes.steps is None else None,
+        rate if sizes.learning_rate is None else None,
+    )
+    return chosen, passes
+
+
+def _seconds_a_step(
+    passes: Passes, perturbation: Perturbation, config: SettledConfig, rows: Sequence[MicroBatch], count: int
+) -> float:
+    """Seconds in which a step reads `count` rows' losses."""
+    dataset: Any = list(islice(cycle(rows), count))
+    batches = LogicalBatches(dataset, PoissonSampler(count, 1.0, new_secret()), _only, passes.shapes)
+    start = time.perf_counter()
+    estimate_differences(
+        passes.losses,
+        batches.draw(0),
+        perturbation,
+        step=0,
+        num_directions=config.num_directions,
+        smoothing_parameter=config.smoothing_parameter,
+        difference=config.difference,
+    )
+    return time.perf_counter() - start
+
+
+def _only(rows: list[Any]) -> dict[str, Any]:
+    return dict(rows[0])
+
+
+def _tokens(row: MicroBatch) -> int:
+    return max((value.numel() for value in row.values() if hasattr(value, "numel")), default=0)
+
+
+def rows_to_measure(tried: TriedModel, public: Sequence[MicroBatch]) -> tuple[Sequence[MicroBatch], str]:
+    """Rows to measure on, and what they are.
+
+    Raises:
+        DPZeroError: there are no public ones, and none can be made up.
+    """
+    if public:
+        return public, PUBLIC
+    if tried.probe is None:
+        raise DPZeroError(
+            "The model reads no tokens, so that nothing can be measured on made-up ones: give clipping_threshold and "
+            "smoothing_parameter, or public_text."
+        )
+    return _made_up_batches(tried.probe, tried.passes.shapes), MADE_UP
