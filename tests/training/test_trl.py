@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer, DPZeroTrainerMixin
+from peft_dpzero import DPZeroError, DPZeroTrainer, DPZeroTrainerMixin
 from peft_dpzero.estimation.batching import LogicalBatch
 from peft_dpzero.estimation.losses import Losses
 from peft_dpzero.estimation.preferences import REFERENCE
@@ -217,12 +217,12 @@ def test_preference_trainers_release_and_log_nothing_raw(tmp_path: Path, make: A
 
 
 def test_training_lowers_the_loss_that_trl_evaluates(tmp_path: Path) -> None:
-    data = preferences(200)
+    data = preferences(40)
     args = settings(
-        trl.DPOConfig, tmp_path, max_steps=30, per_device_train_batch_size=40, learning_rate=3.0, optim="sgd", beta=0.5
+        trl.DPOConfig, tmp_path, max_steps=8, per_device_train_batch_size=20, learning_rate=10.0, optim="sgd", beta=0.5
     )
-    private = DPZeroConfig(target_epsilon=1e4, target_delta=1e-5, num_directions=8, deterministic=True)
-    trainer = dpo(tmp_path, args=args, train_dataset=data, eval_dataset=data.select(range(60)), dpzero_config=private)
+    private = config(noise_multiplier=1e-3, num_directions=4, clipping_threshold=10.0, deterministic=True)
+    trainer = dpo(tmp_path, args=args, train_dataset=data, eval_dataset=data, dpzero_config=private)
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
