@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,9 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from tiny import RELEASE
+from tiny import RELEASE, tiny_model
 
 INTEGRATIONS = Path(__file__).parents[1] / "integrations"
 STEPS = 4
@@ -88,3 +90,28 @@ def test_sft_trainer_becomes_private(tmp_path: Path) -> None:
     assert "loss on public data" in printed
     assert "'loss'" not in printed
     check_release(tmp_path, STEPS, (2.0, 1e-5), frozenset({"tokenizer.json", "tokenizer_config.json"}))
+
+
+def test_what_a_model_writes_is_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(INTEGRATIONS / "generation"))
+    overlap = importlib.import_module("overlap")
+    model = tiny_model("causal_lm")
+    ids = torch.tensor([[7, 8, 9, 0], [11, 12, 0, 0]])
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    written = overlap.GreedyRouge(model, 3).written(model(**batch), batch)
+    for row, prompt in zip(written, ([7, 8, 9], [11, 12]), strict=True):
+        alone = torch.tensor([prompt])
+        expected = model.generate(alone, max_new_tokens=3, min_new_tokens=3, do_sample=False, eos_token_id=None)
+        assert row.tolist() == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize(
+    ("written", "reference", "score"),
+    [([3, 4], [3, 4], 1.0), ([3, 4], [4, 3], 0.5), ([3, 4, 5], [3, 5, -100], 0.8), ([3], [-100], 0.0)],
+)
+def test_rouge_l_is_the_f1_of_the_longest_common_subsequence(
+    monkeypatch: pytest.MonkeyPatch, written: list[int], reference: list[int], score: float
+) -> None:
+    monkeypatch.syspath_prepend(str(INTEGRATIONS / "generation"))
+    overlap = importlib.import_module("overlap")
+    assert overlap.rouge_l(torch.tensor([written]), torch.tensor([reference])).item() == pytest.approx(score)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_dpzero.estimation.preferences import PairTask
 from peft_dpzero.estimation.tasks import ClassificationTask, FunctionTask, Seq2SeqTask, Task, TokenTask
 from peft_dpzero.estimation.verbalizer import Verbalizer
 
@@ -35,6 +36,8 @@ def reason_to_separate(model: Any, task: Task) -> str | None:
         model: a transformers model, with or without a PEFT adapter.
         task: the run's losses.
     """
+    if isinstance(task, PairTask):
+        return "a pass holds the two sequences of one pair"
     if type(task) not in ROWWISE_TASKS:
         return f"{type(task).__name__} is a task of your own"
     base = model.get_base_model() if hasattr(model, "get_base_model") else model

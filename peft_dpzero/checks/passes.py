@@ -14,6 +14,7 @@ from peft_dpzero.checks.quantized import check_quantization
 from peft_dpzero.checks.shortcuts import find_streamed
 from peft_dpzero.config import DPZeroConfig, SettledConfig
 from peft_dpzero.estimation.losses import Losses, MicroBatch
+from peft_dpzero.estimation.preferences import PairTask
 from peft_dpzero.estimation.shapes import Shapes, row_counts
 from peft_dpzero.estimation.shortcuts.stacked_4bit import stack_4bit_products
 from peft_dpzero.estimation.tasks import Task
@@ -114,7 +115,7 @@ def try_model(
     if compiles and not asserted and probe.reason is None:
         probe.reason = "of compiled kernels it is not known that they keep rows apart"
     shapes = probe.fit_shapes(perturbation, shapes)
-    if probe.reason is not None:
+    if probe.reason is not None and not isinstance(task, PairTask):
         _warn_of_single_rows(probe.reason)
     probe.check_reach(perturbation)
     losses = probe.losses(perturbation, place)

@@ -114,7 +114,7 @@ class Probe:
 
     def losses(self, perturbation: Perturbation, place: Callable[[MicroBatch], MicroBatch]) -> Losses:
         """The run's losses by the cheapest passes that give the plain ones' values here."""
-        batch, lone = self.data.batch(self._shown), self.data.batch(self.data.alone(1))
+        batch, lone = self._made_up(self._shown), self._made_up(self.data.alone(1))
         for made in (batch, lone) if isinstance(self.task, TokenTask) else ():
             if "labels" in made:
                 made["labels"] = thinned(made["labels"])
@@ -182,7 +182,7 @@ class Probe:
     @torch.no_grad()
     def _read(self, probed: ProbeBatch) -> tuple[Tensor | None, Tensor | None]:
         """The tested row's logits at its own tokens and its loss, in float64; None for what cannot be told."""
-        batch = self.data.batch(probed)
+        batch = self._made_up(probed)
         outputs = self.model(**self._inputs(batch))
         logits = torch.as_tensor(outputs.logits)
         row = None
@@ -192,7 +192,10 @@ class Probe:
                 row = self.data.own_tokens(row, probed)
         return row, self._loss(outputs, batch, probed)
 
-    def _inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+    def _made_up(self, probed: ProbeBatch) -> dict[str, Any]:
+        return self.task.made_up(self.data.batch(probed))
+
+    def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         try:
             return self.task.inputs(batch)
         except Exception:  # A user's task may want columns that nobody can make up.
@@ -200,7 +203,7 @@ class Probe:
                 raise
             return Task().inputs(batch)
 
-    def _loss(self, outputs: Any, batch: dict[str, Tensor], probed: ProbeBatch) -> Tensor | None:
+    def _loss(self, outputs: Any, batch: dict[str, Any], probed: ProbeBatch) -> Tensor | None:
         ours = type(self.task) in ROWWISE_TASKS and type(self.task) is not FunctionTask
         # In half precision rounding alone can turn a user's yes into a no.
         if "labels" not in batch or not (ours or self._precise):

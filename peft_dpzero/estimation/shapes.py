@@ -232,8 +232,8 @@ def as_row(collated: Mapping[str, Any]) -> Row:
 
 def _tokens(row: Row) -> int:
     mask, ids = row.get("attention_mask"), row.get("input_ids")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        return int(mask.bool().sum())
+    if isinstance(mask, Tensor) and mask.ndim in (2, 3):
+        return int(mask.bool().sum(dim=-1).max())
     return int(ids.shape[1]) if isinstance(ids, Tensor) and ids.ndim == 2 else 0
 
 

@@ -71,6 +71,10 @@ class Task:
         """Rows and positions, both (n,), of the outputs (b, length, …) that the losses read; None if not known."""
         return None
 
+    def made_up(self, batch: Batch) -> dict[str, Any]:
+        """A batch for the start-up probe, from made-up `input_ids` and `attention_mask` (b, l), and labels."""
+        return dict(batch)
+
     def predictions(self, outputs: Any, batch: Batch) -> Tensor:
         """What evaluation collects: the logits."""
         return torch.as_tensor(outputs.logits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import time
 import warnings
@@ -25,9 +26,11 @@ from peft_dpzero.checks.arguments import (
 )
 from peft_dpzero.checks.compiled import check_compiled_parts
 from peft_dpzero.checks.data import check_collator, check_columns, check_dataset, check_labels, check_public
+from peft_dpzero.checks.hosts import check_host, check_hosted
 from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.batching import without_column
+from peft_dpzero.estimation.preferences import PairTask
 from peft_dpzero.estimation.sampling import seeded_secret
 from peft_dpzero.estimation.tasks import Task, as_task
 from peft_dpzero.mechanism.plan import PrivacyPlan
@@ -39,6 +42,7 @@ from peft_dpzero.training.checkpoints import checkpoint_step, checkpoint_to_resu
 from peft_dpzero.training.offloading import bring_trained_into_memory, is_offloaded
 from peft_dpzero.training.optimizers import as_dpzero_optimizer, optimizer_for, warn_of_small_moves
 from peft_dpzero.training.pacing import step_loader
+from peft_dpzero.training.preferences import pair_collator, preference_task
 from peft_dpzero.training.preparing import PreparingMixin
 from peft_dpzero.training.reporting import ReportingMixin
 from peft_dpzero.training.run import Run
@@ -88,10 +92,10 @@ class DPZeroTrainerMixin(PreparingMixin, SavingMixin, ReportingMixin):
             raise DPZeroError("Pass dpzero_config=DPZeroConfig(target_epsilon=…, target_delta=…).")
         if max_tokens_per_micro_batch is not None and max_tokens_per_micro_batch < 1:
             raise DPZeroError(f"max_tokens_per_micro_batch must be at least 1, got {max_tokens_per_micro_batch}.")
-        if kwargs.get("compute_loss_func") is not None:
-            raise DPZeroError("compute_loss_func averages over the batch: pass per_example_loss instead.")
-        if type(self)._get_train_sampler is not Trainer._get_train_sampler:
-            raise DPZeroError("A custom train sampler cannot be accounted for: DPZero samples by itself.")
+        # A trainer of TRL orders its arguments otherwise.
+        kwargs |= dict(zip([*inspect.signature(Trainer).parameters][2:], positional, strict=False))
+        options = kwargs | {"public_text": public_text}
+        check_host(type(self), args, model, options, has_loss=per_example_loss is not None)
         args = TrainingArguments("trainer_output") if args is None else args
         check_arguments(args)
         check_processes(args.world_size, args.world_size)
@@ -105,7 +109,7 @@ class DPZeroTrainerMixin(PreparingMixin, SavingMixin, ReportingMixin):
         args = forward_only(args)
         # The probe, parameter names and saving want the plain model; the step runs the compiled one.
         self._compiled = model if is_compiled_module(model) else None
-        super().__init__(model if self._compiled is None else model._orig_mod, args, *positional, **kwargs)
+        super().__init__(model=model if self._compiled is None else model._orig_mod, args=args, **kwargs)
         if self.args.n_gpu > 1:
             raise DPZeroError(
                 "nn.DataParallel averages losses over replicas: use accelerate launch, or show one GPU only "
@@ -113,13 +117,14 @@ class DPZeroTrainerMixin(PreparingMixin, SavingMixin, ReportingMixin):
             )
         if self.model_init is not None:
             raise DPZeroError("model_init would build the model anew in train(): pass model=model_init() instead.")
+        check_hosted(self)
         check_collator(self.data_collator)
         stop_checkpointing(self.model)
         if getattr(self, "optimizer", None) is not None:
             as_dpzero_optimizer(self.optimizer)
         check_compiled_parts(self.model)
         bring_trained_into_memory(self.model)
-        self.task = as_task(per_example_loss, self.model)
+        self.task = preference_task(self) or as_task(per_example_loss, self.model)
         self.release_listeners: list[Callable[[Released], None]] = []
         self._estimate: Estimate | None = None
         self._metric_prefixes = {"eval"}
@@ -176,7 +181,8 @@ class DPZeroTrainerMixin(PreparingMixin, SavingMixin, ReportingMixin):
         if self.public_text is not None and self.args.weight_decay:
             raise DPZeroError("weight_decay shrinks parameters out of the basis of public_text: set it to 0.")
         needs_labels = not hasattr(self.data_collator, "mlm")
-        check_columns(self.train_dataset, self.label_names, needs_labels, self.args.remove_unused_columns)
+        if not isinstance(self.task, PairTask):
+            check_columns(self.train_dataset, self.label_names, needs_labels, self.args.remove_unused_columns)
         check_labels(self.train_dataset, self.task, self.model)
         check_public(self.public_text, self.train_dataset)
         if self.run.dataset is not self.train_dataset:
@@ -233,7 +239,8 @@ class DPZeroTrainerMixin(PreparingMixin, SavingMixin, ReportingMixin):
         collate = self.data_collator
         if (unit := self.dpzero_config.privacy_unit) is not None:
             collate = without_column(collate, unit)
-        return self._get_collator_with_removed_columns(collate, description="training")  # type: ignore[no-any-return]
+        collate = self._get_collator_with_removed_columns(collate, description="training")
+        return pair_collator(self, collate)
 
     def _sampled(self) -> tuple[Any, Callable[[list[Any]], dict[str, Any]]]:
         """The training data without columns that the model does not take, where that is cheap, and its collator."""
@@ -261,7 +268,9 @@ class DPZeroTrainerMixin(PreparingMixin, SavingMixin, ReportingMixin):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean of the per-example losses: evaluation only."""
+        """Mean of the per-example losses: evaluation only. Preferences are evaluated by TRL's own loss."""
+        if isinstance(self.task, PairTask):
+            return super().compute_loss(model, inputs, return_outputs)
         outputs = model(**self.task.inputs(inputs))
         loss = self.task.losses(outputs, inputs).mean()
         return (loss, {"logits": self.task.predictions(outputs, inputs)}) if return_outputs else loss
