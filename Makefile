@@ -6,7 +6,7 @@ REVIEWS := .cache/vaderSentiment-3.3.2.tar.gz
 .PHONY: demo test test-all lint docs unit slow zoo bench clean
 
 demo: $(VENV)/.ready $(REVIEWS)
-	$(RUN)/python integrations/trainer/movie_reviews.py --reviews $(REVIEWS) --output runs/demo
+	$(RUN)/python integrations/trainer/sentiment.py --reviews $(REVIEWS) --output runs/demo
 
 test: lint docs unit
 

@@ -1,4 +1,4 @@
-"""Adaptive and automatic clipping against fixed thresholds, on the demo's task at ε = 2.
+"""Adaptive and automatic clipping against fixed thresholds, of a head over frozen features at ε = 2.
 
     python benchmarks/clipping.py [--steps T] [--runs R]
 

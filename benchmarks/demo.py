@@ -1,6 +1,7 @@
-"""The demo's task through `DPZeroTrainer`: where its step spends its time, and what K and the differences buy.
+"""A head over frozen features through `DPZeroTrainer`: where its step spends its time, and what K and the differences
+buy.
 
-`make demo`'s model, data and settings; sentences are read by the frozen encoder once, before any measurement.
+Movie sentences, which are read by the frozen encoder once, before any measurement.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ from peft import LoraConfig, get_peft_model
 from peft_dpzero import DPZeroConfig, DPZeroTrainer
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
+from sentence_classifier import NEGATIVE, POSITIVE, embed, start_from_public
 from stacks import StackSampler
 from workloads import REVIEWS, ROOT
 
 sys.path.insert(0, str(ROOT / "integrations" / "trainer"))
-from movie_reviews import NEGATIVE, POSITIVE
-from reviews import movie_reviews, public_texts
-from sentence_classifier import embed, start_from_public
+from reviews import public_texts, rated_as_labels
 
 DIRECTIONS = (1, 16, 64, 256, 512)
 CLIPPING_AT_512 = 90.0
@@ -61,7 +61,7 @@ class Demo:
             features = embed(self.base, tokenizer, data["text"][:])
             return Dataset.from_dict({"features": features.numpy(), "labels": data["labels"][:]}).with_format("torch")
 
-        self.train, self.held_out = map(embedded, movie_reviews(REVIEWS))
+        self.train, self.held_out = map(embedded, rated_as_labels(REVIEWS))
 
     def run(self, steps: int, watch: Watch, **settings: Any) -> float:
         """Trains once and returns the held-out accuracy."""

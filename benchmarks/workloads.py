@@ -209,7 +209,7 @@ def _rows(ids: Sequence[list[int]], labels: Sequence[int]) -> list[Row]:
 
 def _movie_sentences() -> tuple[list[str], list[int]]:
     sys.path.insert(0, str(ROOT / "integrations" / "trainer"))
-    from reviews import movie_reviews
+    from reviews import rated_as_labels
 
-    train, _ = movie_reviews(REVIEWS)
+    train, _ = rated_as_labels(REVIEWS)
     return list(train["text"]), list(train["labels"])

@@ -119,7 +119,7 @@ class DPZeroConfig:
         default="gaussian", metadata=_help("'gaussian', 'rademacher' or 'sphere' (radius √d).")
     )
     basis_size: int = field(
-        default=64,
+        default=256,
         metadata=_help(
             "With public_text: in how many coordinates directions lie, those in which it moves outputs most."
         ),

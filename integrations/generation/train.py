@@ -32,7 +32,7 @@ from transformers import (
 )
 
 sys.path.append(str(Path(__file__).parents[1] / "trainer"))
-from reviews import movie_reviews, rated_texts
+from reviews import rated_as_labels, rated_texts
 
 ADJECTIVES = {True: ("good", "fine", "great"), False: ("bad", "poor", "awful")}
 NOUNS = ("film", "picture", "movie")
@@ -98,7 +98,7 @@ def main() -> None:
     choose = random.Random(0)
     public = [
         (text, " ".join(choose.choices(words, SHARES)[0] for words in (ADJECTIVES[rating > 0], NOUNS)))
-        for name in ("tweets", "amazonReviewSnippets")
+        for name in ("tweets", "amazon")
         for rating, text in rated_texts(options.reviews, name)
         if abs(rating) >= 0.3
     ]
@@ -109,7 +109,7 @@ def main() -> None:
     def private(data: Dataset) -> Dataset:
         return rows(tokenizer, data["text"][:], ["great movie" if label else "awful movie" for label in data["labels"]])
 
-    train, held_out = map(private, movie_reviews(options.reviews))
+    train, held_out = map(private, rated_as_labels(options.reviews))
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear"))
     trainer = DPZeroTrainer(
         model=model,

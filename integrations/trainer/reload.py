@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from reviews import movie_reviews
-from sentence_classifier import SentenceForSequenceClassification
-from transformers import AutoTokenizer
+from reviews import rated_as_labels
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 
 def main() -> None:
@@ -19,20 +18,20 @@ def main() -> None:
     parser.add_argument("--base", required=True)
     parser.add_argument("--adapter", required=True)
     parser.add_argument("--reviews", type=Path, required=True)
+    parser.add_argument("--private", default="movies")
     options = parser.parse_args()
 
-    base = SentenceForSequenceClassification.from_pretrained(options.base)
+    base = AutoModelForSequenceClassification.from_pretrained(options.base)
     model = PeftModel.from_pretrained(base, options.adapter).eval()
-    tokenizer = AutoTokenizer.from_pretrained(options.base)
-    _, held_out = movie_reviews(options.reviews)
+    tokenizer = AutoTokenizer.from_pretrained(options.adapter)
+    _, held_out = rated_as_labels(options.reviews, options.private)
     rows = sorted(held_out, key=lambda row: len(row["text"]))
     correct = 0
     for start in range(0, len(rows), 64):
         chunk = rows[start : start + 64]
-        texts = [row["text"] for row in chunk]
-        batch = tokenizer(texts, truncation=True, max_length=64, padding=True, return_tensors="pt")
+        batch = tokenizer([row["text"] for row in chunk], truncation=True, padding=True, return_tensors="pt")
         with torch.no_grad():
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            logits = model(**batch).logits
         correct += int((logits.argmax(1) == torch.tensor([row["labels"] for row in chunk])).sum())
     assert "peft_dpzero" not in sys.modules
     print(json.dumps({"accuracy_reloaded": correct / len(rows)}))

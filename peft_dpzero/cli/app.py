@@ -1,4 +1,4 @@
-"""The command line: `peft-dpzero plan`, `train`, `verify`, `replay` and `audit`.
+"""The command line: `peft-dpzero plan`, `tune`, `train`, `verify`, `replay` and `audit`.
 
 Errors are one line; exit status 2 if the user can mend them, 1 if not, 130 after Ctrl-C.
 """
@@ -12,6 +12,7 @@ import typer
 from peft_dpzero.cli.audit import audit_command
 from peft_dpzero.cli.plan import plan_command
 from peft_dpzero.cli.train import train_command
+from peft_dpzero.cli.tune import tune_command
 from peft_dpzero.cli.verify import replay_command, verify_command
 
 # What a shell reports of a process that Ctrl-C ended.
@@ -23,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-for command in (plan_command, train_command, verify_command, replay_command, audit_command):
+for command in (plan_command, tune_command, train_command, verify_command, replay_command, audit_command):
     app.command(command.__name__.removesuffix("_command"))(command)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -47,15 +48,17 @@ class TrainingRun:
     Args:
         settings: from `read_settings`.
         resume: go on from the last checkpoint in the output folder.
+        tuning: nothing is trained, so that the output folder may hold a run.
 
     Raises:
         DPZeroError: the model, its tokenizer, a label word or the output folder does not serve.
     """
 
-    def __init__(self, settings: RunSettings, resume: bool = False) -> None:
+    def __init__(self, settings: RunSettings, resume: bool = False, tuning: bool = False) -> None:
         self.settings = settings
         self.resume = resume or bool(settings.training.resume_from_checkpoint)
-        self._check_output_folder()
+        if not tuning:
+            self._check_output_folder()
         with explained(f"model {settings.model!r} cannot be loaded"):
             self.model_config = AutoConfig.from_pretrained(settings.model)
             self.tokenizer = AutoTokenizer.from_pretrained(settings.model)
@@ -87,10 +90,11 @@ class TrainingRun:
         """
         settings = self.settings
         names, tables = self._tables()
+        self._names = names
         # The adapter's start is public, and resuming needs the same one.
         set_seed(settings.training.seed)
         model = self._model(names)
-        encoder = self._encoder(model)
+        self._tokens = encoder = self._encoder(model)
         datasets = {part: encode(table, encoder) for part, table in tables.items()}
         with explained("training"):
             return DPZeroTrainer(
@@ -103,6 +107,14 @@ class TrainingRun:
                 dpzero_config=settings.dpzero,
                 per_example_loss=self.verbalizer,
             )
+
+    def public_rows(self, path: Path) -> Any:
+        """The rows of a public file, prepared as those of `trainer()`, which comes first."""
+        data = dataclasses.replace(self.settings.data, train=str(path))
+        table = load_table(data, "train")
+        if data.label is not None:
+            table = with_class_indices(table, data.label, self._names)
+        return encode(table, self._tokens)
 
     def _check_output_folder(self) -> None:
         folder = Path(self.settings.training.output_dir)

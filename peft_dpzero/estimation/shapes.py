@@ -27,6 +27,8 @@ PASS_TOKENS_ELSEWHERE = 2048
 LONGEST_PASS = 12
 # Of fewer rows a step most have a length of their own.
 FEWEST_ROWS = 28
+# At most this part of a step's rows shares a pass: more of one length are seldom drawn, and each number is tried.
+LARGEST_SHARE = 4
 _TARGETS = ("labels", "decoder_input_ids", "decoder_attention_mask")
 
 Row = dict[str, Any]
@@ -74,7 +76,7 @@ class Shapes:
         tokens = LONGEST_PASS * self.pass_tokens
         if self.max_tokens is not None:
             tokens = min(tokens, self.max_tokens)
-        return row_counts(min(self.most_rows, int(self.expected_rows), tokens // length))
+        return row_counts(min(self.most_rows, int(self.expected_rows) // LARGEST_SHARE, tokens // length))
 
     def length(self, tokens: int) -> int:
         """The padded length of a row: longer than the row, unless it goes by itself."""

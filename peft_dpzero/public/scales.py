@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,14 +32,19 @@ class Slopes:
     """How losses change along a direction.
 
     Attributes:
-        typical: the root mean square of a row's slopes along directions, its median over rows.
+        sizes: the root mean square of each row's slopes along directions, ascending.
         smoothing_parameter: λ at which they are told best.
         disagreement: how far slopes at half a power of ten below and above it differ, relative to their size.
     """
 
-    typical: float
+    sizes: tuple[float, ...]
     smoothing_parameter: float
     disagreement: float
+
+    @property
+    def typical(self) -> float:
+        """The median of `sizes`."""
+        return statistics.median(self.sizes)
 
 
 @dataclass(frozen=True)
@@ -88,8 +94,8 @@ def measure_slopes(
             "clipping_threshold and smoothing_parameter, or public_text."
         )
     disagreement, move, made = min(usable, key=lambda candidate: candidate[0])
-    typical = float(made.square().mean(dim=1).sqrt().median())
-    return Slopes(typical, max(smoothing_parameter or move, SMALLEST_MOVE), disagreement)
+    sizes = sorted(made.square().mean(dim=1).sqrt().tolist())
+    return Slopes(tuple(sizes), max(smoothing_parameter or move, SMALLEST_MOVE), disagreement)
 
 
 def _slopes(

@@ -16,13 +16,16 @@ from peft_dpzero.errors import DPZeroError
 from peft_dpzero.public.scales import Seconds, Slopes
 
 # How large the mean gradient is, squared, beside a row's: not known before training, and about this early in it.
-SIGNAL_SHARE = 0.05
+SIGNAL_SHARE = 0.02
 # How much the noise in a run's updates may change a loss by its end.
-_WANDERING = 0.5
-_BATCHES = tuple(16 << power for power in range(8))
+_WANDERING = 0.25
+# Smaller batches drown in noise, and of fewer rows each goes by itself.
+_BATCHES = tuple(64 << power for power in range(6))
 _DIRECTIONS = tuple(1 << power for power in range(10))
 # A run of fewer steps than this is no training.
 FEWEST_STEPS = 10
+# As few steps as this go far from the start at a rate that does no harm.
+_ENOUGH_STEPS = 200
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def choose_sizes(
     Raises:
         DPZeroError: not even the smallest batch with one direction can be had for so little time.
     """
-    batches = (batch,) if batch else [b for b in _BATCHES if b <= max(num_units // 4, _BATCHES[0]) and b <= num_units]
+    batches = [batch] if batch else [b for b in _BATCHES if b <= num_units // 4] or [max(1, num_units // 4)]
     directions = (known,) if (known := config.known_directions) else _DIRECTIONS
     points = 1 if config.difference == "forward" else 2
 
@@ -136,7 +139,9 @@ def choose_sizes(
                 sigma = rough_noise(config, size / num_units, made)
                 yield Choice(size, count, made, Variance.of(entries, count, size, sigma))
 
-    best = min(choices(), key=lambda choice: choice.variance.total / choice.steps, default=None)
+    found = list(choices())
+    enough = [choice for choice in found if choice.steps >= _ENOUGH_STEPS] or found
+    best = min(enough, key=lambda choice: choice.variance.total / choice.steps, default=None)
     if best is None:
         least = seconds.of(batches[0] / processes, points * directions[0]) * (steps or FEWEST_STEPS)
         raise DPZeroError(

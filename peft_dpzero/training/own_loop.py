@@ -50,7 +50,7 @@ def begin_own_loop(
 
     def measured() -> Settings:
         rows = rows_to_measure(tried, ())
-        return find_settings(tried, perturbation, run.config, *rows, run.sizes(most_rows))[0]
+        return find_settings(tried, perturbation, run.config, *rows, run.sizes(most_rows)).settings
 
     run.take_settings(measured)
     settled = run.config.settled()

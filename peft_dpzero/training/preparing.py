@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import DynamoBackend
 from torch import nn
 
 from peft_dpzero.checks.compiled import check_compiled
+from peft_dpzero.checks.data import check_public
 from peft_dpzero.checks.passes import Passes, TriedModel, try_model
 from peft_dpzero.checks.probe import Probe
 from peft_dpzero.config import DPZeroConfig
@@ -20,7 +23,15 @@ from peft_dpzero.public.basis import find_basis
 from peft_dpzero.public.rows import public_rows
 from peft_dpzero.public.settings import Settings
 from peft_dpzero.training.run import Run
-from peft_dpzero.training.settling import Given, find_settings, public_batches, rows_to_measure
+from peft_dpzero.training.settling import (
+    MOST_PUBLIC,
+    PUBLIC,
+    Given,
+    Measured,
+    find_settings,
+    public_batches,
+    rows_to_measure,
+)
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Host
@@ -56,7 +67,49 @@ class PreparingMixin(_Host):  # type: ignore[misc]
         if not self._compiles:
             self.accelerator.prepare_model(self.model.eval())
         perturbation = run.perturbation(self.model)
-        tried = try_model(
+        tried = self._tried(perturbation)
+        found: list[Passes] = []
+
+        def settings() -> Settings:
+            measured = self._measured(tried, perturbation, self._rows_to_measure(tried), deadline)
+            found.append(measured.passes)
+            return measured.settings
+
+        run.take_settings(settings)
+        if run.chosen is not None:
+            self._follow(run.chosen)
+        # What was measured on one process may be no other's.
+        self._passes = found[0] if found and run.processes.count == 1 else self._passes_of(tried, perturbation)
+
+    def tune_on(self, public_dataset: Any = None, minutes: float = 5.0) -> Measured:
+        """Measures what a run of `minutes` would be, without a private row, and changes nothing.
+
+        Args:
+            public_dataset: rows as in training, public: in place of `public_text` and made-up rows.
+            minutes: how long training may take on this machine, unless the config says.
+
+        Raises:
+            DPZeroError: `public_dataset` is the training data, or the losses of its rows cannot be measured.
+        """
+        check_public(public_dataset, self.train_dataset)
+        if not self._compiles:
+            self.accelerator.prepare_model(self.model.eval())
+        run = self.run
+        if run.basis is None and self.public_text is not None:
+            run.basis = self._found_basis()
+        perturbation = run.perturbation(self.model)
+        tried = self._tried(perturbation)
+        if public_dataset is None:
+            rows = self._rows_to_measure(tried)
+        else:
+            collate = self._public_collator()
+            given = [public_dataset[i] for i in range(min(len(public_dataset), MOST_PUBLIC))]
+            rows = public_batches(given, collate, tried), PUBLIC
+        deadline = time.monotonic() + 60 * (self.dpzero_config.minutes or minutes)
+        return self._measured(tried, perturbation, rows, deadline)
+
+    def _tried(self, perturbation: Perturbation) -> TriedModel:
+        return try_model(
             perturbation,
             self.task,
             self.dpzero_config,
@@ -64,18 +117,6 @@ class PreparingMixin(_Host):  # type: ignore[misc]
             device=self.args.device,
             compiles=self._compiles,
         )
-        found: list[Passes] = []
-
-        def measured() -> Settings:
-            settings, passes = self._measured(tried, perturbation, deadline)
-            found.append(passes)
-            return settings
-
-        run.take_settings(measured)
-        if run.chosen is not None:
-            self._follow(run.chosen)
-        # What was measured on one process may be no other's.
-        self._passes = found[0] if found and run.processes.count == 1 else self._passes_of(tried, perturbation)
 
     def _passes_of(self, tried: TriedModel, perturbation: Perturbation) -> Passes:
         run = self.run
@@ -96,10 +137,14 @@ class PreparingMixin(_Host):  # type: ignore[misc]
         return self.dpzero_config.minutes is not None
 
     def _measured(
-        self, tried: TriedModel, perturbation: Perturbation, deadline: float | None
-    ) -> tuple[Settings, Passes]:
+        self,
+        tried: TriedModel,
+        perturbation: Perturbation,
+        rows: tuple[Sequence[MicroBatch], str],
+        deadline: float | None,
+    ) -> Measured:
         of_time: dict[str, Any] = {}
-        if self._time_decides:
+        if deadline is not None:
             given = self._given
             if given.learning_rate is None and "sgd" in str(self.args.optim).lower():
                 raise DPZeroError("With minutes=…, AdamW's learning rate is chosen: give learning_rate for SGD.")
@@ -109,7 +154,6 @@ class PreparingMixin(_Host):  # type: ignore[misc]
                 "learning_rate": given.learning_rate,
                 "deadline": deadline,
             }
-        rows = rows_to_measure(tried, self._public_batches(tried))
         sizes = self.run.sizes(self._most_rows, self.max_tokens_per_micro_batch, **of_time)
         return find_settings(tried, perturbation, self.dpzero_config, *rows, sizes)
 
@@ -129,10 +173,9 @@ class PreparingMixin(_Host):  # type: ignore[misc]
     def _public_collator(self) -> Any:
         return self._get_collator_with_removed_columns(self.data_collator, description="public")
 
-    def _public_batches(self, tried: TriedModel) -> list[MicroBatch]:
-        if self.public_text is None:
-            return []
-        return public_batches(self._public_rows(), self._public_collator(), tried)
+    def _rows_to_measure(self, tried: TriedModel) -> tuple[Sequence[MicroBatch], str]:
+        public = [] if self.public_text is None else public_batches(self._public_rows(), self._public_collator(), tried)
+        return rows_to_measure(tried, public)
 
     def _found_basis(self) -> Basis:
         model = self.accelerator.unwrap_model(self.model)

@@ -21,9 +21,10 @@ from peft_dpzero.estimation.losses import MicroBatch
 from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
 from peft_dpzero.estimation.shapes import Shapes, as_row
 from peft_dpzero.perturbation.perturbation import Perturbation
-from peft_dpzero.public.scales import measure_seconds, measure_slopes
+from peft_dpzero.public.scales import Slopes, measure_seconds, measure_slopes
 from peft_dpzero.public.settings import (
     FEWEST_STEPS,
+    Choice,
     Settings,
     choose_sizes,
     clipping_threshold,
@@ -32,6 +33,8 @@ from peft_dpzero.public.settings import (
 from peft_dpzero.release.journal import JournalSegment
 
 MADE_UP, PUBLIC = "made-up rows", "public text"
+# Public rows that are looked at.
+MOST_PUBLIC = 256
 # Rows whose slopes are read.
 _READ = 8
 # Of made-up rows: the longest, unless `max_length` is less, and the parts of it that they have.
@@ -69,6 +72,25 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What was found out before training.
+
+    Attributes:
+        settings: what was chosen of it.
+        passes: how rows go through the model with that.
+        slopes: how losses change along directions.
+        choice: the sizes that time allows, and the variance that they give; None if time does not decide.
+        seconds_a_step: measured with these sizes, if time decides.
+    """
+
+    settings: Settings
+    passes: Passes
+    slopes: Slopes
+    choice: Choice | None = None
+    seconds_a_step: float | None = None
+
+
+@dataclass(frozen=True)
 class Given:
     """What of `TrainingArguments` is not their default, and so the user's word."""
 
@@ -99,12 +121,10 @@ def settings_of(segments: Sequence[JournalSegment]) -> Settings | None:
     return None if chosen is None else Settings(**chosen)
 
 
-def public_batches(
-    rows: Sequence[Any], collate: Callable[[list[Any]], Any], tried: TriedModel, most: int = 256
-) -> list[MicroBatch]:
+def public_batches(rows: Sequence[Any], collate: Callable[[list[Any]], Any], tried: TriedModel) -> list[MicroBatch]:
     """Public rows as micro-batches of one, padded as in training; those that training would leave out are."""
     shapes = tried.passes.shapes
-    made = (as_row(collate([row])) for row in islice(rows, most))
+    made = (as_row(collate([row])) for row in islice(rows, MOST_PUBLIC))
     return [shapes.padded(row) for row in made if shapes.fits(row)]
 
 
@@ -122,7 +142,7 @@ def find_settings(
     rows: Sequence[MicroBatch],
     source: str,
     sizes: Sizes,
-) -> tuple[Settings, Passes]:
+) -> Measured:
     """Measures what `config` leaves open, and how rows go through the model with that.
 
     Args:
@@ -147,6 +167,7 @@ def find_settings(
             "smoothing_parameter."
         ) from error
     batch, directions, steps = sizes.batch, config.known_directions, sizes.steps
+    choice, once = None, None
     if sizes.deadline is not None:
         row = sorted(rows, key=_tokens)[len(rows) // 2]
         seconds = measure_seconds(losses, row, perturbation, slopes.smoothing_parameter)
@@ -190,7 +211,7 @@ def find_settings(
         steps if sizes.steps is None else None,
         rate if sizes.learning_rate is None else None,
     )
-    return chosen, passes
+    return Measured(chosen, passes, slopes, choice, once)
 
 
 def _seconds_a_step(

@@ -2,9 +2,9 @@
 
 After the last attention every layer works on each token by itself, and a loss reads few of them: a classifier's first
 token, a prompt's label position. Linear layers, norms and activations there need not run on the others, whose outputs
-are zeros instead. Each row keeps a line of its own, with as many positions as any other's. Which modules these are is
-found by trying, on made-up tokens, among types that are known to work token by token. As in `filling.py` they run on a
-multiple of four lines.
+are the read position's instead, or zeros if there are several. Each row keeps a line of its own, with as many positions
+as any other's. Which modules these are is found by trying, on made-up tokens, among types that are known to work token
+by token. They run on a multiple of four lines, as in `filled_rows.py`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from peft_dpzero.modules import Forward, base_layer, hooked, replaced_forwards
 
 # (length of the outputs) → rows and positions that are read, both (n,), row by row and as many of each; None for all.
 Positions = Callable[[int], tuple[Tensor, Tensor] | None]
+
+# Rows and positions that are read: (b, positions) each, with rows to fill up.
+_Places = tuple[Tensor, Tensor]
 
 # Modules in a row that cannot be narrowed, after which no earlier one is tried.
 PATIENCE = 6
@@ -45,36 +48,41 @@ class NarrowedLayers:
     @contextmanager
     def narrowed(self, positions: Positions) -> Iterator[None]:
         """Within the block, for one pass, the modules skip what is not read."""
-        indices: dict[torch.Size, Tensor | None] = {}
+        places: dict[torch.Size, _Places | None] = {}
 
-        def index(shape: torch.Size) -> Tensor | None:
-            if shape not in indices:
+        def read_places(shape: torch.Size) -> _Places | None:
+            if shape not in places:
                 read = positions(shape[1])
                 if read is None or len(read[0]) % shape[0] or len(read[0]) > WORTHWHILE * shape.numel():
-                    indices[shape] = None
+                    places[shape] = None
                 else:
-                    lines = (read[0] * shape[1] + read[1]).view(shape[0], -1)  # [b, positions]
-                    more = lines[:1].expand(filled(len(lines)) - len(lines), -1)
-                    indices[shape] = torch.cat([lines, more])
-            return indices[shape]
+                    places[shape] = _with_more(read[0].view(shape[0], -1)), _with_more(read[1].view(shape[0], -1))
+            return places[shape]
 
-        with replaced_forwards({module: self._narrowed(module.forward, index) for module in self.modules}):
+        with replaced_forwards({module: self._narrowed(module.forward, read_places) for module in self.modules}):
             yield
 
-    def _narrowed(self, original: Forward, index: Callable[[torch.Size], Tensor | None]) -> Forward:
+    def _narrowed(self, original: Forward, read_places: Callable[[torch.Size], _Places | None]) -> Forward:
         def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
             alone = isinstance(x, Tensor) and x.ndim == 3 and not args and not kwargs
-            lines = index(x.shape[:2]) if alone else None
-            if lines is None:
+            places = read_places(x.shape[:2]) if alone else None
+            if places is None:
                 return original(x, *args, **kwargs)
-            read = lines[: len(x)]
-            output = original(x.flatten(0, 1)[lines])[: len(x)].flatten(0, 1)
-            everywhere = output.new_zeros(x.shape[0] * x.shape[1], *output.shape[1:])
+            output = original(x[places])[: len(x)]  # [b, positions, …]
+            if output.shape[1] == 1 and not self.loud:
+                # What is read stands at every place of its row, without a copy.
+                return output.expand(-1, x.shape[1], *output.shape[2:])
+            everywhere = output.new_zeros(*x.shape[:2], *output.shape[2:])
             if self.loud:
                 everywhere += 100 * torch.arange(everywhere.shape[-1], device=x.device).cos()
-            return everywhere.index_copy_(0, read.flatten(), output).unflatten(0, x.shape[:2])
+            return everywhere.index_put_(tuple(place[: len(x)] for place in places), output)
 
         return forward
+
+
+def _with_more(places: Tensor) -> Tensor:
+    """`places` (b, positions) with the first row's again up to a multiple of four rows."""
+    return torch.cat([places, places[:1].expand(filled(len(places)) - len(places), -1)])
 
 
 def last_modules(model: nn.Module, run: Callable[[], object]) -> list[nn.Module]:

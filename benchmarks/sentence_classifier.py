@@ -14,6 +14,27 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+POSITIVE = [
+    "a great, moving film",
+    "a wonderful, funny and touching movie",
+    "brilliant, superb and enjoyable",
+    "excellent performances and a charming story",
+    "smart, fresh and original",
+    "a warm, honest and beautifully acted drama",
+    "one of the best films of the year",
+    "well worth seeing",
+]
+NEGATIVE = [
+    "a dull, terrible movie",
+    "a boring, awful and tedious film",
+    "stupid, bad and disappointing",
+    "poor performances and a lifeless story",
+    "stale, lazy and predictable",
+    "a cold, fake and badly acted drama",
+    "one of the worst films of the year",
+    "a waste of time and money",
+]
+
 
 class SentenceConfig(BertConfig):
     """A BERT encoder's config, with the layers that are pooled and the size that they are projected to."""

@@ -1,0 +1,212 @@
+"""Settings that are chosen before training: from what is public, within the time that there is."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft_dpzero import DPZeroConfig, DPZeroTrainer, verify
+from peft_dpzero.checks.passes import try_model
+from peft_dpzero.cli.app import run as command
+from peft_dpzero.errors import DPZeroError
+from peft_dpzero.estimation.tasks import infer_task
+from peft_dpzero.mechanism.accountant import COARSE_INTERVAL, Accountant
+from peft_dpzero.perturbation.perturbation import Perturbation
+from peft_dpzero.public.scales import Seconds, Slopes, measure_slopes
+from peft_dpzero.public.settings import choose_sizes, learning_rate, rough_noise
+from peft_dpzero.release.journal import read_journal
+from peft_dpzero.training.settling import rows_to_measure
+
+from tiny import adapted, arguments, tiny_dataset, tiny_model
+
+OPEN: dict[str, Any] = {"target_epsilon": 4.0, "target_delta": 1e-4}
+
+
+def trainer(folder: Path, data: Any = None, changes: dict[str, Any] | None = None, **settings: Any) -> DPZeroTrainer:
+    return DPZeroTrainer(
+        adapted(),
+        arguments(folder, **settings),
+        train_dataset=tiny_dataset("classifier", 256) if data is None else data,
+        dpzero_config=DPZeroConfig(**(OPEN | (changes or {}))),
+    )
+
+
+@pytest.mark.parametrize(("epsilon", "rate", "steps"), [(2.0, 0.01, 500), (1.0, 0.05, 100), (8.0, 0.02, 1000)])
+def test_rough_noise_is_near_the_accountants(epsilon: float, rate: float, steps: int) -> None:
+    config = DPZeroConfig(target_epsilon=epsilon, target_delta=1e-5)
+    proven = Accountant.of(config, COARSE_INTERVAL).noise_multiplier(epsilon, rate, steps)
+    assert rough_noise(config, rate, steps) == pytest.approx(proven, rel=0.25)
+
+
+def test_sizes_fit_the_time_and_follow_what_is_given() -> None:
+    config, seconds = DPZeroConfig(**OPEN), Seconds(row=1e-3, point=1e-3)
+    for budget in (60.0, 600.0):
+        choice = choose_sizes(config, seconds, num_units=5000, entries=256, budget=budget)
+        taken = choice.steps * seconds.of(choice.expected_batch_size, 2 * choice.num_directions)
+        assert 0.5 * budget < taken <= 1.01 * budget
+    given = choose_sizes(
+        config.replace(num_directions=3), seconds, num_units=5000, entries=256, budget=60.0, batch=80, steps=20
+    )
+    assert (given.num_directions, given.expected_batch_size, given.steps) == (3, 80, 20)
+    with pytest.raises(DPZeroError, match="minutes at least"):
+        choose_sizes(config, Seconds(1.0, 1.0), num_units=5000, entries=256, budget=60.0)
+
+
+def test_more_noise_wants_larger_batches() -> None:
+    seconds = Seconds(row=1e-3, point=1e-4)
+    batches = [
+        choose_sizes(
+            DPZeroConfig(target_epsilon=epsilon, target_delta=1e-5), seconds, num_units=8000, entries=64, budget=300.0
+        ).expected_batch_size
+        for epsilon in (8.0, 0.1)
+    ]
+    assert batches[0] < batches[1]
+
+
+def test_slopes_are_those_of_autograd_and_lambda_lies_between_rounding_and_curvature() -> None:
+    model = adapted().eval()
+    perturbation, task = Perturbation(model), infer_task(model)
+    tried = try_model(perturbation, task, DPZeroConfig(**OPEN), dict, device=torch.device("cpu"))
+    rows, source = rows_to_measure(tried, [])
+    assert source == "made-up rows"
+    slopes = measure_slopes(tried.passes.losses, rows, perturbation, "central")
+    assert 1e-4 < slopes.smoothing_parameter < 1
+    expected = []
+    for row in rows:
+        loss = task.losses(model(**task.inputs(row)), row).sum()
+        names = list(perturbation.parameters)
+        gradients = torch.autograd.grad(loss, list(perturbation.parameters.values()))
+        along = [
+            sum(float((g * perturbation.z(0, k, n)).sum()) for n, g in zip(names, gradients, strict=True))
+            for k in range(4)
+        ]
+        expected.append(math.sqrt(sum(d * d for d in along) / 4))
+    assert slopes.sizes == pytest.approx(sorted(expected), rel=0.02)
+
+
+def test_a_rate_makes_noise_wander_as_far_whatever_the_scale_and_the_steps() -> None:
+    moved = [
+        learning_rate(Slopes((size,), 1e-3, 0.0), steps) * size * math.sqrt(steps)
+        for size in (0.1, 30.0)
+        for steps in (30, 3000)
+    ]
+    assert max(moved) < 1.1 * min(moved)
+
+
+def test_what_is_open_is_chosen_noted_and_kept(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=3, per_device_train_batch_size=8)
+    run.train()
+    run.save_model(str(tmp_path / "release"))
+    record = json.loads((tmp_path / "release" / "privacy_record.json").read_text())
+    assert record["chosen"] == read_journal(tmp_path / "dpzero_journal").segments[0].header["chosen"]
+    assert record["chosen"].keys() == {"source", "clipping_threshold", "smoothing_parameter", "num_directions"}
+    assert (record["clipping"], record["num_directions"]) == ("adaptive", 16)
+    assert not [check for check in verify(tmp_path / "release") if check.status == "FAILED"]
+    longer = trainer(tmp_path, max_steps=5, per_device_train_batch_size=8)
+    longer.train(resume_from_checkpoint=True)
+    assert longer.privacy_record()["chosen"] == record["chosen"]
+    assert longer.privacy_record()["steps"] == 5
+
+
+def test_given_values_stay(tmp_path: Path) -> None:
+    given = {"clipping_threshold": 3.0, "smoothing_parameter": 0.01, "num_directions": 2}
+    run = trainer(tmp_path, changes=given, max_steps=1)
+    run.train()
+    record = run.privacy_record()
+    assert {key: record[key] for key in given} == given
+    assert (record["chosen"], record["clipping"]) == (None, "fixed")
+    some = trainer(tmp_path / "some", changes={"clipping_threshold": 3.0}, max_steps=1)
+    some.train()
+    assert some.privacy_record()["clipping_threshold"] == 3.0
+    assert "clipping_threshold" not in some.privacy_record()["chosen"]
+
+
+def test_private_rows_have_no_part_in_what_is_chosen(tmp_path: Path) -> None:
+    chosen = []
+    for name, token in (("one", 3), ("other", 50)):
+        rows = [{"input_ids": [token] * 9, "attention_mask": [1] * 9, "labels": token % 2}] * 64
+        run = trainer(tmp_path / name, rows, max_steps=1, remove_unused_columns=False)
+        run.train()
+        chosen.append(run.privacy_record()["chosen"])
+    assert chosen[0] == chosen[1]
+
+
+def test_time_decides_sizes_and_a_killed_run_goes_on_with_them(tmp_path: Path) -> None:
+    changes = {"minutes": 0.05}
+    run = trainer(tmp_path, changes=changes)
+    with pytest.raises(DPZeroError, match="measured how long"):
+        _ = run.privacy_plan
+    run.train()
+    chosen = run.privacy_record()["chosen"]
+    assert chosen.keys() >= {"expected_batch_size", "steps", "learning_rate", "num_directions"}
+    assert run.state.global_step == chosen["steps"] == run.privacy_plan.steps
+    assert run.privacy_record()["epsilon"] <= 4.0
+    again = trainer(tmp_path, changes=changes)
+    again.train(resume_from_checkpoint=True)
+    assert again.privacy_record()["chosen"] == chosen
+    assert again.privacy_record()["steps"] == chosen["steps"]
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name])
+
+
+def test_with_time_explicit_arguments_stay(tmp_path: Path) -> None:
+    run = trainer(tmp_path, changes={"minutes": 0.1}, max_steps=12, per_device_train_batch_size=32, learning_rate=3e-3)
+    run.train()
+    record = run.privacy_record()
+    assert (record["steps"], record["expected_batch_size"]) == (12, 32)
+    assert not record["chosen"].keys() & {"steps", "expected_batch_size", "learning_rate"}
+
+
+def test_tuning_refuses_the_training_data_and_changes_nothing(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=1)
+    with pytest.raises(DPZeroError, match="public"):
+        run.tune_on(run.train_dataset)
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    measured = run.tune_on(tiny_dataset("classifier", 40), minutes=0.05)
+    assert measured.settings.source == "public text"
+    assert all(torch.equal(value, run.model.state_dict()[name]) for name, value in before.items())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_cannot_be_measured_is_told(tmp_path: Path) -> None:
+    def wants_more(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+        raise KeyError("scores")
+
+    run = DPZeroTrainer(
+        adapted(),
+        arguments(tmp_path, max_steps=1),
+        train_dataset=tiny_dataset("classifier"),
+        dpzero_config=DPZeroConfig(**OPEN),
+        per_example_loss=wants_more,
+    )
+    with pytest.raises(DPZeroError, match="give clipping_threshold and smoothing_parameter"):
+        run.train()
+
+
+def test_the_command_writes_a_run_that_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import BertTokenizer
+
+    base = tmp_path / "base"
+    tiny_model("classifier").save_pretrained(base)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "a"]
+    (base / "vocab.txt").write_text("\n".join(words))
+    BertTokenizer(str(base / "vocab.txt")).save_pretrained(base)
+    for name, count in (("train", 200), ("public", 20)):
+        rows = "".join(f"a {w} film {'a ' * (i % 5)},{w}\n" for i in range(count // 2) for w in ("good", "bad"))
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + rows)
+    (tmp_path / "run.yaml").write_text(
+        "model: base\ntask: sequence-classification\ndata: {train: train.csv, text: text, label: label}\n"
+        "dpzero: {target_epsilon: 4.0, target_delta: 1.0e-4}\ntraining: {output_dir: out, use_cpu: true}\n"
+    )
+    options = ["tune", str(tmp_path / "run.yaml"), "--public", str(tmp_path / "public.csv"), "--minutes", "0.05"]
+    assert command([*options, "--output", str(tmp_path / "tuned.yaml")]) == 0
+    printed = capsys.readouterr().out
+    assert "norm of a row's K differences" in printed
+    assert "signal / noise" in printed
+    assert command([*options, "--output", str(tmp_path / "tuned.yaml")]) == 2
+    assert command(["train", str(tmp_path / "tuned.yaml")]) == 0
+    assert (tmp_path / "out" / "privacy_record.json").exists()
