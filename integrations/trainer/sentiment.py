@@ -41,7 +41,6 @@ def options() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("--epsilon", type=float, default=2.0)
     parser.add_argument("--minutes", type=float, default=5.0, help="of private training on this machine")
-    parser.add_argument("--deterministic", action="store_true", help="seeded and NOT private: to compare runs")
     return parser.parse_args()
 
 
@@ -87,7 +86,6 @@ def main() -> None:
             target_delta=1e-5,
             minutes=chosen.minutes,
             max_length=LONGEST,
-            deterministic=chosen.deterministic,
         ),
     )
     before = trainer.evaluate()["eval_accuracy"]
