@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +44,7 @@ from peft_dpzero.training.checkpoints import checkpoint_step, checkpoint_to_resu
 from peft_dpzero.training.offloading import bring_trained_into_memory, is_offloaded
 from peft_dpzero.training.optimizers import as_dpzero_optimizer, optimizer_for, warn_of_small_moves
 from peft_dpzero.training.pacing import step_loader
+from peft_dpzero.training.progress import with_spending
 from peft_dpzero.training.reporting import ReportingMixin
 from peft_dpzero.training.run import Run
 from peft_dpzero.training.saving import SavingMixin
@@ -116,6 +116,7 @@ class DPZeroTrainerMixin(SavingMixin, ReportingMixin):
             )
         if self.model_init is not None:
             raise DPZeroError("model_init would build the model anew in train(): pass model=model_init() instead.")
+        self.callback_handler.callbacks = with_spending(self.callback_handler.callbacks)
         check_collator(self.data_collator)
         stop_checkpointing(self.model)
         if getattr(self, "optimizer", None) is not None:
@@ -205,7 +206,7 @@ class DPZeroTrainerMixin(SavingMixin, ReportingMixin):
         """Takes over the last step's checkpoint: the Trainer's loop would take one step more."""
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-        return TrainOutput(self.state.global_step, math.nan, {})
+        return self._public_output(TrainOutput(self.state.global_step, None, {}))
 
     def _found_basis(self) -> Basis:
         """The basis for directions, from public text."""
