@@ -118,7 +118,7 @@ def loss_on_console(run: Run) -> bool:
 
 
 def loss_in_output(run: Run) -> bool:
-    return run.output.training_loss == run.output.training_loss or "train_loss" in run.output.metrics
+    return run.output.training_loss is not None or "train_loss" in run.output.metrics
 
 
 def token_counts(run: Run) -> bool:

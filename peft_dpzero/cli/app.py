@@ -6,6 +6,8 @@ Errors are one line; exit status 2 if the user can mend them, 1 if not, 130 afte
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -20,10 +22,26 @@ INTERRUPTED = 130
 
 app = typer.Typer(
     name="peft-dpzero",
-    help="Differentially private fine-tuning of Hugging Face models with forward passes only.",
     add_completion=False,
     rich_markup_mode=None,
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"peft-dpzero {version('peft_dpzero')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Differentially private fine-tuning of Hugging Face models with forward passes only."""
+
+
 for command in (plan_command, tune_command, train_command, verify_command, replay_command, audit_command):
     app.command(command.__name__.removesuffix("_command"))(command)
 

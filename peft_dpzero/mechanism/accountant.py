@@ -8,9 +8,10 @@ A run is T releases, each a Gaussian mechanism with noise multiplier σ on a Poi
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
@@ -38,13 +39,17 @@ RELATIONS = {
     "add_or_remove_one": NeighboringRelation.ADD_OR_REMOVE_ONE,
     "replace_one": NeighboringRelation.REPLACE_ONE,
 }
-# σ is calibrated to this relative tolerance.
+# σ is calibrated to this relative tolerance, on a grid that grows with ε, and proven on the accountant's own.
 TOLERANCE = 1e-3
+_SEARCH_GRID, _COARSEST = 3e-4, 1e-2
+# Below this σ one proof takes seconds.
+_SLOW = 0.25
 # A run that has spent this share of its ε, or would need this many times a fresh one's noise, cannot be continued.
 SPENT, MOST_NOISE = 0.995, 100.0
 # Integer Rényi orders: their closed form always converges, and they only bracket PLD's answer.
 _RDP_ORDERS = [*range(2, 64), 96, 128, 256, 512, 1024]
 _EVENT_NAME = "poisson_sampled_discrete_"
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -142,10 +147,24 @@ class Accountant:
             raise too_little
         if self.mechanism == "laplace":
             return laplace_noise_multiplier(target_epsilon - before, sample_rate, steps, self.neighboring)
+        search = replace(self, interval=max(self.interval, min(_SEARCH_GRID * target_epsilon, _COARSEST)))
         # Alone they would need at least this much.
-        alone = _pld_noise_multiplier(self, target_epsilon, sample_rate, steps)
-        if not spent:
-            return alone
+        alone = _pld_noise_multiplier(search, target_epsilon, sample_rate, steps)
+        if alone < _SLOW:
+            _LOG.warning(
+                "Calibrating the noise for ε = %g, which takes some seconds at so little noise.", target_epsilon
+            )
+        sigma = search._after(spent, alone, target_epsilon, sample_rate, steps) if spent else alone
+        if sigma is None:
+            raise too_little
+        while self.epsilon((*spent, Segment(sigma, sample_rate, steps))) > target_epsilon:
+            sigma *= 1 + TOLERANCE / 10
+        return sigma
+
+    def _after(
+        self, spent: tuple[Segment, ...], alone: float, target_epsilon: float, sample_rate: float, steps: int
+    ) -> float | None:
+        """σ of `steps` releases after `spent`, from `alone` upwards; None if it would be many times that."""
         prior = self._composed(spent, alone)
 
         def proven(sigma: float) -> bool:
@@ -156,7 +175,7 @@ class Accountant:
         while high <= MOST_NOISE * alone and not proven(high):
             low, high = high, high * 2
         if high > MOST_NOISE * alone:
-            raise too_little
+            return None
         while high - low > TOLERANCE * low:
             middle = (low + high) / 2
             low, high = (low, middle) if proven(middle) else (middle, high)

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.mechanism.accountant import INTERVAL, Accountant, Segment
+from peft_dpzero.mechanism.accountant import COARSE_INTERVAL, INTERVAL, Accountant, Segment
+
+# Below this ε the coarse grid overstates it by more than a percent.
+_FINE_BELOW = 0.3
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,17 @@ class PrivacyPlan:
         if not self.config.is_private:
             return math.inf
         return Accountant.of(self.config, interval).epsilon(self.segments(steps))
+
+    def running_epsilon(self, steps: int) -> float:
+        """A quick upper bound on `epsilon(steps)` for a log, never above the target that σ was calibrated to.
+
+        A small ε needs the fine grid, and is quick on it.
+        """
+        spent = self.epsilon(steps, COARSE_INTERVAL)
+        if spent < _FINE_BELOW:
+            spent = self.epsilon(steps)
+        asked = None if self.requested is None else self.requested.target_epsilon
+        return spent if asked is None or not self.config.is_private else min(spent, asked)
 
     def segments(self, steps: int | None = None) -> tuple[Segment, ...]:
         """What the first `steps` releases (all T by default) are made of."""

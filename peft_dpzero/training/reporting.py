@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers.trainer_utils import TrainOutput
 
-from peft_dpzero.mechanism.accountant import COARSE_INTERVAL
 from peft_dpzero.training.run import Run
 
 if TYPE_CHECKING:
@@ -21,7 +19,7 @@ else:
 # Released, public beforehand, or a time. `grad_norm` is the release's.
 _ALLOWED = frozenset(
     (
-        *("epoch", "epsilon", "grad_norm", "learning_rate", "step"),
+        *("clipping_threshold", "epoch", "epsilon", "grad_norm", "learning_rate", "step"),
         *("train_runtime", "train_samples_per_second", "train_steps_per_second"),
     )
 )
@@ -44,7 +42,8 @@ class ReportingMixin(_Host):  # type: ignore[misc]
         raise NotImplementedError
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As in the Trainer, less what is not known to be public, plus the ε spent so far (an upper bound).
+        """As in the Trainer, less what is not known to be public, plus the ε spent so far (an upper bound) and, if it
+        adapts, the clipping threshold C.
 
         What is logged: released values, the schedule, times, and metrics of evaluation and prediction by their prefix.
         """
@@ -53,7 +52,9 @@ class ReportingMixin(_Host):  # type: ignore[misc]
             if (loss := self.run.losses.get(self.state.global_step)) is not None:
                 public["loss"] = loss
             if self.is_world_process_zero():
-                public["epsilon"] = self.run.plan.epsilon(self.state.global_step, COARSE_INTERVAL)
+                public["epsilon"] = self.run.plan.running_epsilon(self.state.global_step)
+            if self.run.config.clipping == "adaptive" and self.run.last is not None:
+                public["clipping_threshold"] = self.run.last.clipping_threshold
         super().log(public, *args, **kwargs)
 
     def evaluate(
@@ -84,12 +85,14 @@ class ReportingMixin(_Host):  # type: ignore[misc]
         return 0
 
     def _public_output(self, output: TrainOutput) -> TrainOutput:
-        """`output` with public metrics, and the mean of the released losses unless the raw one may be shown."""
-        loss = output.training_loss
+        """`output` with public metrics. The loss is the mean of the released ones, or None if it is withheld."""
+        loss, metrics = output.training_loss, self._public(output.metrics)
         if self.run.config.train_loss != "nonprivate":
             released = list(self.run.losses.values())
-            loss = sum(released) / len(released) if released else math.nan
-        return TrainOutput(output.global_step, loss, self._public(output.metrics))
+            loss = sum(released) / len(released) if released else None
+            if loss is not None:
+                metrics["train_loss"] = loss
+        return TrainOutput(output.global_step, loss, metrics)
 
     def _public(self, logs: Mapping[str, float]) -> dict[str, float]:
         public = {name: value for name, value in logs.items() if self._is_public(name)}

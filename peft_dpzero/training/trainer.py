@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import time
 import warnings
 from collections.abc import Callable
@@ -44,6 +43,7 @@ from peft_dpzero.training.optimizers import as_dpzero_optimizer, optimizer_for, 
 from peft_dpzero.training.pacing import step_loader
 from peft_dpzero.training.preferences import pair_collator, preference_task
 from peft_dpzero.training.preparing import PreparingMixin
+from peft_dpzero.training.progress import with_spending
 from peft_dpzero.training.reporting import ReportingMixin
 from peft_dpzero.training.run import Run
 from peft_dpzero.training.saving import SavingMixin
@@ -118,6 +118,7 @@ class DPZeroTrainerMixin(PreparingMixin, SavingMixin, ReportingMixin):
         if self.model_init is not None:
             raise DPZeroError("model_init would build the model anew in train(): pass model=model_init() instead.")
         check_hosted(self)
+        self.callback_handler.callbacks = with_spending(self.callback_handler.callbacks)
         check_collator(self.data_collator)
         stop_checkpointing(self.model)
         if getattr(self, "optimizer", None) is not None:
@@ -215,7 +216,7 @@ class DPZeroTrainerMixin(PreparingMixin, SavingMixin, ReportingMixin):
         """Takes over the last step's checkpoint: the Trainer's loop would take one step more."""
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-        return TrainOutput(self.state.global_step, math.nan, {})
+        return self._public_output(TrainOutput(self.state.global_step, None, {}))
 
     def begin_steps(self, model: nn.Module) -> None:
         """Connects what the run's steps are made of; the first step does it.

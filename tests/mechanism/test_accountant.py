@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 
 import dp_accounting
 import pytest
 from dp_accounting.pld import PLDAccountant
-from peft_dpzero import DPZeroError, make_plan
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from peft_dpzero import DPZeroConfig, DPZeroError, make_plan
 from peft_dpzero.mechanism.accountant import Accountant, Segment
 from peft_dpzero.release.record import privacy_record
 
@@ -24,6 +28,39 @@ def test_calibration_finds_the_smallest_noise(rate: float, steps: int, target: f
     sigma = ACCOUNTANT.noise_multiplier(target, rate, steps)
     assert sigma == pytest.approx(smallest, rel=5e-3)
     assert ACCOUNTANT.epsilon([Segment(sigma, rate, steps)]) <= target
+
+
+@given(
+    st.floats(math.log(1e-3), math.log(100.0)).map(math.exp),
+    st.sampled_from([(1 / 100, 50), (1 / 10, 300), (1 / 1000, 1000)]),
+    st.sampled_from(["add_or_remove_one", "replace_one"]),
+)
+@example(0.001, (1 / 10, 300), "add_or_remove_one")
+@example(100.0, (1 / 10, 300), "replace_one")
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_no_calibrated_run_passes_its_target(target: float, shape: tuple[float, int], neighboring: str) -> None:
+    (rate, steps), units = shape, 2000
+    config = DPZeroConfig(target_epsilon=target, target_delta=1e-5, neighboring=neighboring)
+    plan = make_plan(config, units, round(units * rate), steps)
+    segments = [Segment(plan.noise_multiplier, plan.sample_rate, steps)]
+    assert 0.9 * target < Accountant(neighboring, 1e-5, "gaussian").epsilon(segments) <= target
+    running = [plan.running_epsilon(step) for step in (1, steps // 2, steps)]
+    assert running == sorted(running)
+    assert running[-1] <= target
+
+
+def test_a_continued_run_keeps_its_target() -> None:
+    spent = (Segment(1.1, 0.02, 100),)
+    sigma = ACCOUNTANT.noise_multiplier(3.0, 0.02, 200, spent)
+    assert 2.9 < ACCOUNTANT.epsilon((*spent, Segment(sigma, 0.02, 200))) <= 3.0
+
+
+def test_a_slow_calibration_is_announced(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        ACCOUNTANT.noise_multiplier(2.0, 0.05, 20)
+        assert not caplog.messages
+        ACCOUNTANT.noise_multiplier(100.0, 0.01, 10)
+    assert caplog.messages == ["Calibrating the noise for ε = 100, which takes some seconds at so little noise."]
 
 
 def test_replacing_one_example_has_twice_the_sensitivity() -> None:

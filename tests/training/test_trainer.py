@@ -23,7 +23,7 @@ from peft_dpzero import (
     PrivateStepError,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
+from transformers import ProgressCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 
 from tiny import adapted, arguments, config, tiny_dataset, tiny_model
 
@@ -126,6 +126,7 @@ def test_memory_is_neither_logged_nor_returned(train_loss: str, tmp_path: Path) 
     assert "train_runtime" in output.metrics
     assert not [name for name in names if "mem" in name]
     assert ("train_loss" in output.metrics) == (train_loss == "nonprivate")
+    assert (output.training_loss is None) == (train_loss == "withheld")
 
 
 def test_what_is_not_known_to_be_public_is_left_out_and_named_once(tmp_path: Path) -> None:
@@ -202,6 +203,34 @@ def test_tensorboard_and_callbacks_see_what_is_public(tmp_path: Path) -> None:
     assert [event.value for event in scalars.Scalars("train/epsilon")] == pytest.approx(
         [logs["epsilon"] for logs in seen[:3]]
     )
+
+
+def test_the_progress_bar_and_the_log_show_what_was_spent_and_released(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dpzero = config(train_loss="private", clipping="adaptive", noise_multiplier=2.0)
+    run = trainer(tmp_path, dpzero=dpzero, max_steps=4, logging_steps=2, disable_tqdm=False)
+    run.train()
+    last = [log for log in run.state.log_history if "epsilon" in log][-1]
+    bar = capsys.readouterr().err
+    assert f"ε={last['epsilon']:.4g}, loss={last['loss']:.4g}, C={last['clipping_threshold']:.4g}" in bar
+    assert last["clipping_threshold"] == run.run.last.clipping_threshold != dpzero.clipping_threshold
+
+    class Bar(ProgressCallback):
+        pass
+
+    run = trainer(tmp_path / "own", callbacks=[Bar()], disable_tqdm=False)
+    run.remove_callback(ProgressCallback)
+    assert sum(isinstance(callback, ProgressCallback) for callback in run.callback_handler.callbacks) == 1
+
+
+def test_a_log_never_passes_a_tiny_target(tmp_path: Path) -> None:
+    tiny = DPZeroConfig(target_epsilon=0.01, target_delta=1e-5, num_directions=2)
+    run = trainer(tmp_path, dpzero=tiny, logging_steps=1)
+    run.train()
+    spent = [log["epsilon"] for log in run.state.log_history if "epsilon" in log]
+    assert spent == sorted(set(spent))
+    assert spent[-1] <= 0.01
 
 
 def test_weight_decay_reaches_weights_and_spares_biases(tmp_path: Path) -> None:
@@ -500,6 +529,7 @@ def test_a_private_loss_is_logged_and_recorded_every_logging_steps(tmp_path: Pat
     assert output.training_loss == pytest.approx(np.mean(list(logged.values())))
     run.save_model()
     record = json.loads((tmp_path / "privacy_record.json").read_text())
+    assert output.metrics["train_loss"] == output.training_loss
     assert record["released_losses"] == {str(step): loss for step, loss in logged.items()}
     assert f"| 6 | {logged[6]:.3f} |" in (tmp_path / "README.md").read_text()
 
