@@ -18,14 +18,14 @@ from peft_dpzero.public.scales import Seconds, Slopes
 # How large the mean gradient is, squared, beside a row's: not known before training, and about this early in it.
 SIGNAL_SHARE = 0.02
 # How much the noise in a run's updates may change a loss by its end.
-_WANDERING = 0.25
+_WANDERING = 0.15
 # Smaller batches drown in noise, and of fewer rows each goes by itself.
 _BATCHES = tuple(64 << power for power in range(6))
 _DIRECTIONS = tuple(1 << power for power in range(10))
 # A run of fewer steps than this is no training.
 FEWEST_STEPS = 10
 # As few steps as this go far from the start at a rate that does no harm.
-_ENOUGH_STEPS = 200
+_ENOUGH_STEPS = 100
 
 
 @dataclass(frozen=True)
