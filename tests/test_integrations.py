@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from peft_dpzero.release.numbers import rounded_up
 from safetensors.torch import load_file
 
 from tiny import RELEASE
@@ -35,7 +36,7 @@ def check_release(folder: Path, steps: int, privacy: tuple[float, float], more: 
     epsilon, delta = privacy
     assert (record["steps"], record["delta"]) == (steps, delta)
     assert 0.98 * epsilon < record["epsilon"] <= epsilon
-    assert f"({record['epsilon']:.4g}, {delta:g})-differential privacy" in (folder / "README.md").read_text()
+    assert f"({rounded_up(record['epsilon']):g}, {delta:g})-differential privacy" in (folder / "README.md").read_text()
     assert len((folder / "dpzero_journal").read_text().splitlines()) == 1 + steps
     adapter = load_file(folder / "adapter_model.safetensors")
     # LoRA's B starts at zero, so it is the training that moved it.
@@ -85,4 +86,6 @@ def test_sft_trainer_becomes_private(tmp_path: Path) -> None:
     printed = run("trl/train.py", "--output-dir", tmp_path, "--steps", STEPS)
     assert "loss on public data" in printed
     assert "'loss'" not in printed
-    check_release(tmp_path, STEPS, (2.0, 1e-5), frozenset({"tokenizer.json", "tokenizer_config.json"}))
+    check_release(
+        tmp_path, STEPS, (2.0, 1e-5), frozenset({"generation_config.json", "tokenizer.json", "tokenizer_config.json"})
+    )

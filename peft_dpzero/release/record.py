@@ -15,19 +15,23 @@ from peft_dpzero.mechanism.clipping import SENSITIVITY
 from peft_dpzero.mechanism.plan import PrivacyPlan
 
 RECORD_NAME = "privacy_record.json"
-# Version 1 has no table of files.
-RECORD_VERSION = 2
+# Version 1 has no table of files, and version 2 does not name the base.
+RECORD_VERSION = 3
 
 
 def privacy_record(
-    plan: PrivacyPlan, steps: int, losses: Mapping[int, float] | None = None, basis: str | None = None
+    plan: PrivacyPlan,
+    steps: int,
+    losses: Mapping[int, float] | None = None,
+    basis: str | None = None,
+    base: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The JSON-ready record of a run that has made `steps` releases.
 
     `epsilon` is what the accountant proves for them, or null where nothing is guaranteed. `segments` is what it
     composes: one entry, or several if the run was continued; `noise_multiplier` and `sample_rate` are then the last
     one's. `losses` are the private mean losses, by the number of steps done. `basis` is the digest of what public text
-    told about the model.
+    told about the model. `base` is the class of the base model and a hash of its frozen weights.
     """
     config = plan.config
     accountant, spent = Accountant.of(config), plan.epsilon(steps)
@@ -63,6 +67,7 @@ def privacy_record(
         "released_losses": {str(step): loss for step, loss in (losses or {}).items()} or None,
         "evaluation_data": "treated as public",
         "public_basis": basis,
+        "base_model": base,
         "not_covered": _not_covered(plan, basis),
         "versions": {name: version(name) for name in ("peft_dpzero", "torch", "transformers", "peft", "opendp")},
     }
