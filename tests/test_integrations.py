@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft_dpzero.release.numbers import rounded_up
 from safetensors.torch import load_file
 
 from tiny import RELEASE, tiny_model
@@ -37,7 +38,7 @@ def check_release(folder: Path, steps: int, privacy: tuple[float, float], more: 
     epsilon, delta = privacy
     assert (record["steps"], record["delta"]) == (steps, delta)
     assert 0.98 * epsilon < record["epsilon"] <= epsilon
-    assert f"({record['epsilon']:.4g}, {delta:g})-differential privacy" in (folder / "README.md").read_text()
+    assert f"({rounded_up(record['epsilon']):g}, {delta:g})-differential privacy" in (folder / "README.md").read_text()
     assert len((folder / "dpzero_journal").read_text().splitlines()) == 1 + steps
     adapter = load_file(folder / "adapter_model.safetensors")
     # LoRA's B starts at zero, so it is the training that moved it.
@@ -89,7 +90,9 @@ def test_sft_trainer_becomes_private(tmp_path: Path) -> None:
     printed = run("trl/train.py", "--output-dir", tmp_path, "--steps", STEPS)
     assert "loss on public data" in printed
     assert "'loss'" not in printed
-    check_release(tmp_path, STEPS, (2.0, 1e-5), frozenset({"tokenizer.json", "tokenizer_config.json"}))
+    check_release(
+        tmp_path, STEPS, (2.0, 1e-5), frozenset({"generation_config.json", "tokenizer.json", "tokenizer_config.json"})
+    )
 
 
 def test_what_a_model_writes_is_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ PUBLIC_LOGS = {
     "learning_rate",
     "grad_norm",
     "epsilon",
+    "clipping_threshold",
     "epoch",
     "step",
     "train_runtime",

@@ -11,6 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft_dpzero import DPZeroConfig
 from peft_dpzero.estimation.batching import LogicalBatch
 from peft_dpzero.mechanism.clipping import clipped_over_threshold, to_grid
+from tokenizers import Tokenizer as Words
+from tokenizers import models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -20,6 +22,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
     TrainingArguments,
@@ -34,6 +37,7 @@ RELEASE = {
     "dpzero_config.json",
     "dpzero_journal",
     "dpzero_start.safetensors",
+    "privacy.svg",
     "privacy_record.json",
 }
 
@@ -104,6 +108,16 @@ def tiny_dataset(kind: str, count: int = 64, length: int = 8) -> Dataset:
         "tagger": [[t % 3 for t in row] for row in rows],
     }.get(kind, rows)
     return Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * length] * count, "labels": labels})
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Five special tokens, then the words w5, w6 … by their numbers."""
+    special = ["[PAD]", "[UNK]", "[MASK]", "[EOS]", "[BOS]"]
+    numbers = {word: i for i, word in enumerate([*special, *(f"w{i}" for i in range(len(special), VOCABULARY))])}
+    words = Words(models.WordLevel(numbers, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = ("pad_token", "unk_token", "mask_token", "eos_token", "bos_token")
+    return PreTrainedTokenizerFast(tokenizer_object=words, **dict(zip(names, special, strict=True)))
 
 
 def arguments(output_dir: Path, **changes: Any) -> TrainingArguments:

@@ -32,6 +32,7 @@ from peft_dpzero.cli.settings import RunSettings, read_settings
 from peft_dpzero.errors import DPZeroError, withheld
 from peft_dpzero.estimation.verbalizer import Verbalizer
 from peft_dpzero.release.journal import JOURNAL_NAME
+from peft_dpzero.release.numbers import rounded_up
 from peft_dpzero.training.trainer import DPZeroTrainer
 
 _MODELS = {
@@ -182,7 +183,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 def results(record: dict[str, Any], metrics: dict[str, float]) -> Table:
     """What came out, as a table."""
-    epsilon = "none: this run gives no privacy" if record["epsilon"] is None else f"{record['epsilon']:.4g}"
+    epsilon = "none: this run gives no privacy" if record["epsilon"] is None else f"{rounded_up(record['epsilon']):g}"
     rows = {
         "noise multiplier σ": f"{record['noise_multiplier']:.4g}",
         "ε spent": epsilon,

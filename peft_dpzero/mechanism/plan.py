@@ -7,10 +7,7 @@ from dataclasses import dataclass
 
 from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.mechanism.accountant import COARSE_INTERVAL, INTERVAL, Accountant, Segment
-
-# Below this ε the coarse grid overstates it by more than a percent.
-_FINE_BELOW = 0.3
+from peft_dpzero.mechanism.accountant import COARSE_INTERVAL, INTERVAL, Accountant, Segment, first_releases
 
 
 @dataclass(frozen=True)
@@ -57,25 +54,18 @@ class PrivacyPlan:
         return Accountant.of(self.config, interval).epsilon(self.segments(steps))
 
     def running_epsilon(self, steps: int) -> float:
-        """A quick upper bound on `epsilon(steps)` for a log, never above the target that σ was calibrated to.
-
-        A small ε needs the fine grid, and is quick on it.
-        """
-        spent = self.epsilon(steps, COARSE_INTERVAL)
-        if spent < _FINE_BELOW:
-            spent = self.epsilon(steps)
+        """A quick upper bound on `epsilon(steps)` for a log, never above the target that σ was calibrated to."""
+        if not self.config.is_private:
+            return math.inf
         asked = None if self.requested is None else self.requested.target_epsilon
-        return spent if asked is None or not self.config.is_private else min(spent, asked)
+        about = self.epsilon(interval=COARSE_INTERVAL) if asked is None else asked
+        spent = Accountant.of(self.config).quick_epsilon(self.segments(steps), about)
+        return spent if asked is None else min(spent, asked)
 
     def segments(self, steps: int | None = None) -> tuple[Segment, ...]:
         """What the first `steps` releases (all T by default) are made of."""
-        left = self.steps if steps is None else steps
         own = Segment(self.noise_multiplier, self.sample_rate, self.steps - self.first_step)
-        made = []
-        for segment in (*self.spent, own):
-            made.append(Segment(segment.noise_multiplier, segment.sample_rate, min(left, segment.steps)))
-            left -= made[-1].steps
-        return tuple(segment for segment in made if segment.steps)
+        return first_releases((*self.spent, own), self.steps if steps is None else steps)
 
 
 def make_plan(

@@ -134,8 +134,9 @@ def choose_sizes(
         for size, count in itertools.product(batches, directions):
             once = seconds.of(size / processes, points * count)
             made = steps or int(budget / once)
+            fits = made >= (steps or FEWEST_STEPS) and made * once <= 1.01 * budget
             # Where all is given there is nothing to choose.
-            if (made >= FEWEST_STEPS and made * once <= 1.01 * budget) or (steps and batch and config.known_directions):
+            if fits or (steps and batch and config.known_directions):
                 sigma = rough_noise(config, size / num_units, made)
                 yield Choice(size, count, made, Variance.of(entries, count, size, sigma))
 

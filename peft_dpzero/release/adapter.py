@@ -9,7 +9,7 @@ from typing import Any
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 # How the file was written, and where from; what else ends in this names a place, which may be a local path.
 _OF_THE_FILE = ("inference_mode", "auto_mapping", "peft_version", "revision")
-_PLACE = "name_or_path"
+PLACE = "name_or_path"
 
 
 def adapter_header(model: Any) -> dict[str, Any] | None:
@@ -21,7 +21,7 @@ def adapter_header(model: Any) -> dict[str, Any] | None:
 
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     """`config` without its places, and with names in sorted order: PEFT writes sets as lists."""
-    kept = {key: value for key, value in config.items() if key not in _OF_THE_FILE and not key.endswith(_PLACE)}
+    kept = {key: value for key, value in config.items() if key not in _OF_THE_FILE and not key.endswith(PLACE)}
     plain: dict[str, Any] = json.loads(json.dumps(kept, default=_plain))
     return {key: _sorted(value) for key, value in plain.items()}
 

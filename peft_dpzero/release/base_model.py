@@ -35,7 +35,10 @@ def load_start_model(base: str | Path, folder: Path, model_class: str | None = N
         model: nn.Module = kind.from_pretrained(base, **_head(kind, base, noted["num_labels"]))
         if (folder / "adapter_config.json").exists():
             adapter = PeftConfig.from_pretrained(folder)
-            adapter.inference_mode = False
+            adapter.inference_mode, adapter.base_model_name_or_path = False, None
+            if hasattr(adapter, "prompt_tuning_init"):
+                # The start is on file, and the tokenizer that it was made with may not be.
+                adapter.prompt_tuning_init = "RANDOM"
             model = get_peft_model(model, adapter)
     except Exception as error:
         raise DPZeroError(f"{base} cannot be loaded as {kind.__name__}: {error}") from None

@@ -17,6 +17,7 @@ from peft_dpzero.release.adapter import ADAPTER_CONFIG_NAME
 from peft_dpzero.release.card import CARD_NAME
 from peft_dpzero.release.digests import ADAPTER_NAME, file_digest, files_digest, is_model_file, parameters_digest
 from peft_dpzero.release.journal import JOURNAL_NAME, Journal
+from peft_dpzero.release.picture import PICTURE_NAME
 from peft_dpzero.release.record import RECORD_NAME
 from peft_dpzero.release.start import BASIS_NAME, START_NAME
 
@@ -35,6 +36,7 @@ _RELEASED = (
     CONFIG_NAME,
     RECORD_NAME,
     CARD_NAME,
+    PICTURE_NAME,
     JOURNAL_NAME,
     START_NAME,
     BASIS_NAME,

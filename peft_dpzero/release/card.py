@@ -1,165 +1,106 @@
-"""The model card: what the privacy record says, in words and in YAML."""
+"""The model card: what the release is, how it is used, what the privacy record says, and what the user adds."""
 
 from __future__ import annotations
 
-import math
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from peft_dpzero.release.record import RECORD_NAME
+from peft_dpzero.release.base_name import base_name
+from peft_dpzero.release.digests import model_files
+from peft_dpzero.release.evaluation import evaluation_section, results_of
+from peft_dpzero.release.picture import PICTURE_NAME
+from peft_dpzero.release.statement import card_claims, card_statement
+from peft_dpzero.release.usage import label_names, pipeline_tag, usage
 
 CARD_NAME = "README.md"
-PRIVACY_HEADING = "## Privacy"
-
-_CLAIMS = (
-    "guarantee",
-    "epsilon",
-    "delta",
-    "neighboring",
-    "privacy_unit",
-    "mechanism",
-    "noise_multiplier",
-    "sample_rate",
-    "steps",
-    "deterministic",
-)
-_NEIGHBORS = {
-    "add_or_remove_one": "data sets that differ by the presence of {unit}",
-    "replace_one": "data sets of equal size that differ in the content of {unit}",
+_TAGS = ("dpzero", "differential-privacy", "zeroth-order")
+# What the Trainer's own method, or TRL's, calls them.
+_OTHER_NAMES = {
+    "finetuned_from": "base_model",
+    "tasks": "pipeline_tag",
+    "dataset_tags": "datasets",
+    "dataset_name": "datasets",
 }
+_UNUSED = ("dataset", "dataset_args")
 
 
-def save_card(record: dict[str, Any], folder: Path, model: Any, **card_data: Any) -> Path:
+def card_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the user gives for a card, under the names of `huggingface_hub.ModelCardData`."""
+    return {_OTHER_NAMES.get(key, key): value for key, value in given.items() if key not in _UNUSED}
+
+
+def save_card(
+    record: dict[str, Any],
+    folder: Path,
+    model: Any,
+    *,
+    repository: str | None = None,
+    tokenizer: Any = None,
+    **card_data: Any,
+) -> Path:
     """Writes the model card, replacing any that PEFT or the Trainer wrote, and returns its path.
 
     Args:
         record: from `privacy_record`.
-        folder: where README.md goes.
+        folder: the release's, with its weights and its picture. README.md goes there.
         model: the trained one: its base is named if that has a Hub name.
-        card_data: further fields of `huggingface_hub.ModelCardData`, such as language, license or tags.
+        repository: the release's name on the Hub, if that is known.
+        tokenizer: the release's, if it has one.
+        card_data: further fields of `huggingface_hub.ModelCardData`, such as base_model, language, license, datasets
+            or tags, or by the names that `Trainer.create_model_card` has for them. `eval_results` may be what
+            `Trainer.evaluate` returned.
     """
-    base_model, library = hub_name(model), "peft" if hasattr(model, "peft_config") else "transformers"
-    tags = card_data.pop("tags", None) or []
+    fields = card_fields(card_data)
+    base = base_name(model, fields.pop("base_model", None))
+    given = fields.pop("eval_results", None)
+    tags = fields.pop("tags", None) or []
+    task = fields.pop("pipeline_tag", None) or pipeline_tag(model)
+    adapter = hasattr(model, "peft_config")
+    if adapter and (names := label_names(model)):
+        fields["id2label"] = names
+    name = fields.pop("model_name", None)
+    results = None if given is None else results_of(given, task, fields.get("datasets"))
     data = ModelCardData(
-        base_model=base_model,
-        library_name=library,
-        tags=["dpzero", "differential-privacy", "zeroth-order", *([tags] if isinstance(tags, str) else tags)],
-        **card_data,
+        base_model=base,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag=task,
+        tags=[*_TAGS, *(_peft_tags(model, base) if adapter else ()), *([tags] if isinstance(tags, str) else tags)],
+        model_name=name or ((repository or "private model").rpartition("/")[2] if results else None),
+        eval_results=results,
+        **fields,
         privacy=card_claims(record),
     )
+    parts = [
+        _head(adapter, base, data.datasets),
+        usage(model, base, repository, tokenizer, bool(model_files(folder))),
+        card_statement(record),
+    ]
+    if (folder / PICTURE_NAME).exists():
+        parts.append(f"![ε spent and released losses over steps]({PICTURE_NAME})\n")
+    if given is not None:
+        parts.append(evaluation_section(given))
     path = folder / CARD_NAME
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_card_text(record, base_model, library)}").save(path)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(parts)).save(path)
     return path
 
 
-def hub_name(model: Any) -> str | None:
-    """The base model's name if it can be a Hub name; a local path is nobody's business."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    name = str(getattr(getattr(base, "config", None), "_name_or_path", "") or "")
-    return name if name.count("/") <= 1 and name and not Path(name).exists() else None
-
-
-def card_claims(record: dict[str, Any]) -> dict[str, Any]:
-    """What the card's YAML says under `privacy`."""
-    return {key: record[key] for key in _CLAIMS}
-
-
-def card_statement(record: dict[str, Any]) -> str:
-    """All that the card's text says of the run: the guarantee, its gaps and the settings. A function of the record."""
-    lines = [
-        PRIVACY_HEADING,
-        "",
-        *_statement(record),
-        "",
-        "Not covered:",
-        "",
-        *(f"- {gap}" for gap in record["not_covered"]),
-        "",
-        "## How it was trained",
-        "",
-        "| setting | value |",
-        "|---|---|",
-        *(f"| {label} | {record[key]} |" for label, key in _CARD_ROWS),
-        "",
-        *_loss_table(record),
-        f"`{RECORD_NAME}` holds every number that the accountant needs.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _card_text(record: dict[str, Any], base_model: str | None, library: str) -> str:
-    name = f"`{base_model}`" if base_model else "a base model"
-    noun = "adapter" if library == "peft" else "model"
-    lines = [
-        f"# Fine-tuned {noun} of {name}",
-        "",
-        "Trained with forward passes only by peft_dpzero, an implementation "
-        "of DPZero ([arXiv 2310.09639](https://arxiv.org/abs/2310.09639)).",
-        "",
-        card_statement(record),
-    ]
-    return "\n".join(lines)
-
-
-_CARD_ROWS = (
-    ("noise multiplier σ", "noise_multiplier"),
-    ("sample rate q", "sample_rate"),
-    ("steps released", "steps"),
-    ("directions a step K", "num_directions"),
-    ("clipping", "clipping"),
-    ("clipping threshold C", "clipping_threshold"),
-    ("smoothing parameter λ", "smoothing_parameter"),
-    ("expected batch size", "expected_batch_size"),
-    ("training loss", "train_loss"),
-)
-_LOSS_ROWS = 20
-
-
-def _loss_table(record: dict[str, Any]) -> list[str]:
-    """The released losses, about twenty of them, with the last."""
-    losses = list((record["released_losses"] or {}).items())
-    if not losses:
-        return []
-    every = -(-len(losses) // _LOSS_ROWS)
-    shown = losses[::-1][::every][::-1]
-    rows = (f"| {step} | {loss:.3f} |" for step, loss in shown)
-    return ["| step | training loss (noisy, within the ε) |", "|---|---|", *rows, ""]
-
-
-def _statement(record: dict[str, Any]) -> list[str]:
-    if record["epsilon"] is None:
-        return [f"**This model has no privacy guarantee** ({record['guarantee'].removeprefix('none: ')})."]
-    column = None if record["privacy_unit"] == "example" else record["privacy_unit"]
-    pure = record["mechanism"].endswith("laplace")
-    budget = f"{record['epsilon']:.4g}" if pure else f"({record['epsilon']:.4g}, {record['delta']:g})"
-    protected = "every single training example" if column is None else f"all examples of one `{column}` together"
-    unit = "one training example" if column is None else f"all the examples of one `{column}`"
-    whose = (
-        "The privacy unit is one example: somebody who contributed several is protected less."
-        if column is None
-        else f"The privacy unit is one value of `{column}`, however many examples it has."
+def _head(adapter: bool, base: str | None, datasets: Any) -> str:
+    trained = "" if not datasets else f" on {', '.join([datasets] if isinstance(datasets, str) else datasets)}"
+    return (
+        f"# Fine-tuned {'adapter' if adapter else 'model'} of {f'`{base}`' if base else 'a base model'}\n\n"
+        f"Trained{trained} with forward passes only by peft_dpzero, an implementation "
+        "of DPZero ([arXiv 2310.09639](https://arxiv.org/abs/2310.09639)).\n"
     )
-    slack = "" if pure else f", up to δ = {record['delta']:g}"
-    accountant = " ".join(str(record["accountant"][k]) for k in ("name", "version") if k in record["accountant"])
-    neighbors = _NEIGHBORS[record["neighboring"]].format(unit=unit)
-    return [
-        f"Training satisfies **{budget}-differential privacy** for {protected}.",
-        "",
-        f"Neighboring data sets are {neighbors} (`{record['neighboring']}`). "
-        "For any two of them and any set of outcomes, the probabilities of that set differ by a factor of at most "
-        f"{_factor(record['epsilon'])}{slack}. {whose}",
-        "",
-        f"The bound composes {record['steps']} releases of a discrete {'Laplace' if pure else 'Gaussian'} mechanism on "
-        f"Poisson samples, computed by {accountant}. The released values, the directions "
-        "and the weights are all public; the weights are a function of the other two and of the base model.",
-    ]
 
 
-def _factor(epsilon: float) -> str:
-    try:
-        return f"e^ε = {math.exp(epsilon):.3g}"
-    except OverflowError:
-        return "e^ε"
+def _peft_tags(model: Any, base: str | None) -> list[str]:
+    """The tags of PEFT's own card, with the base by its Hub name or not at all."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.create_or_update_model_card(folder)
+        tags = ModelCard.load(Path(folder) / CARD_NAME).data.tags or []
+    named = [f"base_model:adapter:{base}"] if base else []
+    return [tag for tag in tags if not tag.startswith("base_model:")] + named

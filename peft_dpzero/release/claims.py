@@ -14,11 +14,13 @@ from huggingface_hub import ModelCard
 from peft_dpzero.config import CONFIG_NAME
 from peft_dpzero.mechanism.accountant import Accountant
 from peft_dpzero.release.adapter import ADAPTER_CONFIG_NAME, comparable
-from peft_dpzero.release.card import CARD_NAME, PRIVACY_HEADING, card_claims, card_statement
+from peft_dpzero.release.card import CARD_NAME
 from peft_dpzero.release.evidence import OLDER, Evidence, Failed, Skipped
 from peft_dpzero.release.header import CONFIG_SINCE_5
 from peft_dpzero.release.ledger import plan_of
+from peft_dpzero.release.numbers import rounded_up
 from peft_dpzero.release.record import RECORD_VERSION
+from peft_dpzero.release.statement import PRIVACY_HEADING, card_claims, card_statement
 
 # How far a recomputed ε may lie from the recorded one: an accountant's versions differ in their last digits.
 EPSILON_TOLERANCE = 1e-3
@@ -36,7 +38,8 @@ def guarantee(evidence: Evidence) -> str:
     if not evidence.journal.count:
         return "nothing was released"
     delta = f", {record['delta']:g}" if record["delta"] else ""
-    budget = f"({record['epsilon']:.4g}{delta})" if delta else f"{record['epsilon']:.4g}"
+    epsilon = rounded_up(record["epsilon"])
+    budget = f"({epsilon:g}{delta})" if delta else f"{epsilon:g}"
     return f"the claim is {budget}-differential privacy, {record['neighboring']}, of each {record['privacy_unit']}"
 
 
@@ -69,7 +72,7 @@ def epsilon_by_rdp(evidence: Evidence) -> str:
 def record(evidence: Evidence) -> str:
     """The record is what the journal gives, field by field."""
     noted, remade = evidence.record, evidence.remade
-    if evidence.is_older:
+    if evidence.is_older or _is_older(noted):
         # What records have had since is not in it, and its own version is.
         remade = {key: value for key, value in remade.items() if key in noted}
         remade["format_version"] = min(int(noted["format_version"]), RECORD_VERSION)
@@ -118,6 +121,8 @@ def adapter(evidence: Evidence) -> str:
 
 def card(evidence: Evidence) -> str:
     """The card says what the record says, in YAML and in words."""
+    if _is_older(evidence.record):
+        raise Skipped(OLDER)
     found = ModelCard.load(evidence.folder / CARD_NAME, ignore_metadata_errors=True)
     claims = found.data.to_dict().get("privacy")
     if not isinstance(claims, dict):
@@ -127,6 +132,10 @@ def card(evidence: Evidence) -> str:
     if f"\n{card_statement(evidence.record).strip()}\n" not in text or text.count(PRIVACY_HEADING) != 1:
         raise Failed(f"{CARD_NAME} does not hold the record's statement, word for word and once")
     return f"{CARD_NAME} states the record, word for word; its other text was not checked"
+
+
+def _is_older(record: Mapping[str, Any]) -> bool:
+    return int(record["format_version"]) < RECORD_VERSION
 
 
 def _claimed(evidence: Evidence) -> float:

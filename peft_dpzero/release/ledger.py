@@ -31,6 +31,7 @@ def record_of(segments: Sequence[JournalSegment]) -> dict[str, Any]:
     """The privacy record of all that `segments` released."""
     made = [entry.released for entry in replayed_releases(segments)]
     losses = {released.step + 1: released.loss for released in made if released.loss is not None}
-    return privacy_record(
-        plan_of(segments), len(made), losses, segments[0].header.get("basis"), segments[0].header.get("chosen")
-    )
+    header = segments[0].header
+    base = {"class": header["model"]["class"], "frozen_sha256": header.get("frozen", {}).get("sha256")}
+    found = {key: header.get(key) for key in ("basis", "chosen")}
+    return privacy_record(plan_of(segments), len(made), losses, **found, base=base)

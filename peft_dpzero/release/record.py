@@ -15,8 +15,8 @@ from peft_dpzero.mechanism.clipping import SENSITIVITY
 from peft_dpzero.mechanism.plan import PrivacyPlan
 
 RECORD_NAME = "privacy_record.json"
-# Version 1 has no table of files.
-RECORD_VERSION = 2
+# Version 1 has no table of files, and version 2 does not name the base.
+RECORD_VERSION = 3
 
 
 def privacy_record(
@@ -25,13 +25,15 @@ def privacy_record(
     losses: Mapping[int, float] | None = None,
     basis: str | None = None,
     chosen: dict[str, Any] | None = None,
+    base: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The JSON-ready record of a run that has made `steps` releases.
 
     `epsilon` is what the accountant proves for them, or null where nothing is guaranteed. `segments` is what it
     composes: one entry, or several if the run was continued; `noise_multiplier` and `sample_rate` are then the last
     one's. `losses` are the private mean losses, by the number of steps done. `basis` is the digest of what public text
-    told about the model, and `chosen` the settings that were chosen before training, and what from.
+    told about the model, and `chosen` the settings that were chosen before training, and what from. `base` is the class
+    of the base model and a hash of its frozen weights.
     """
     config = plan.config.settled()
     accountant, spent = Accountant.of(config), plan.epsilon(steps)
@@ -68,6 +70,7 @@ def privacy_record(
         "evaluation_data": "treated as public",
         "public_basis": basis,
         "chosen": chosen,
+        "base_model": base,
         "not_covered": _not_covered(plan, basis),
         "versions": {name: version(name) for name in ("peft_dpzero", "torch", "transformers", "peft", "opendp")},
     }

@@ -34,13 +34,13 @@ from peft_dpzero.perturbation.basis import Basis
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.processes import AcceleratedProcesses
 from peft_dpzero.public.settings import Settings
-from peft_dpzero.release.bundle import EVIDENCE, copy_evidence, with_digests
-from peft_dpzero.release.card import save_card
+from peft_dpzero.release.bundle import EVIDENCE
 from peft_dpzero.release.journal import Journal, JournalSegment
 from peft_dpzero.release.ledger import record_of
 from peft_dpzero.release.optimizer import DPZeroOptimizer
-from peft_dpzero.release.record import privacy_record, save_record
+from peft_dpzero.release.record import privacy_record
 from peft_dpzero.release.staging import put_in_place, staging
+from peft_dpzero.release.writing import save_beside
 from peft_dpzero.step import PrivateStep, StepReport
 from peft_dpzero.training.agreed_basis import agreed_basis
 from peft_dpzero.training.entering import enter_journal, open_journal
@@ -141,7 +141,13 @@ class Run:
             yield
 
     def save(self, model: Any, folder: str | Path, **card_data: Any) -> None:
-        """Saves the model with its configuration, journal, record and card. `card_data`: see `save_card`."""
+        """Saves the model with its configuration, journal, record and card.
+
+        Args:
+            model: the trained one.
+            folder: for the release.
+            card_data: see `DPZeroTrainer.create_model_card`.
+        """
         if self.processes.is_main_process:
             with staging(Path(folder)) as staged:
                 model.save_pretrained(staged)
@@ -308,7 +314,7 @@ class Run:
         return EVIDENCE if own else ()
 
     def save_claims(self, model: Any, folder: Path, step: int | None = None, **card_data: Any) -> None:
-        """Writes the configuration, the journal, the record and the card beside a saved model.
+        """Writes the configuration, the journal, the picture, the record and the card beside a saved model.
 
         Args:
             model: the one that was saved.
@@ -316,13 +322,8 @@ class Run:
             step: how many releases its weights are made of; None for all.
             card_data: see `save_card`.
         """
-        self.config.save_pretrained(folder)
-        record = self.record()
-        if self.journal is not None:
-            copy_evidence(self.journal, folder)
-            record = with_digests(record, folder, self.journal, self.perturbation(model), step)
-        save_record(record, folder)
-        save_card(record, folder, model, **card_data)
+        perturbation = self.perturbation(model)
+        save_beside(folder, self.config, self.record(), self.journal, perturbation, step, **card_data)
 
     @property
     def _goes_on(self) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -14,7 +16,8 @@ from transformers.utils import PushInProgress
 
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.release.bundle import is_released
-from peft_dpzero.release.card import CARD_NAME, hub_name, save_card
+from peft_dpzero.release.card import card_fields, save_card
+from peft_dpzero.release.picture import save_picture
 from peft_dpzero.release.staging import put_in_place, staging
 from peft_dpzero.training.run import Run
 
@@ -24,15 +27,6 @@ else:
     _Host = object
 
 PUSH_FORMATS = ("weights", "journal")
-_REBUILDING = """
-## How to get the weights
-
-This repository holds no weights: the base model and the journal make them again, with peft_dpzero installed.
-
-```bash
-peft-dpzero replay {base} THIS_REPOSITORY OUT
-```
-"""
 
 
 class SavingMixin(_Host):  # type: ignore[misc]
@@ -42,6 +36,8 @@ class SavingMixin(_Host):  # type: ignore[misc]
     _weights_step: int | None = None
     # What the last save wrote: a push uploads that and nothing else.
     _written: tuple[Path, tuple[str, ...]] | None = None
+    # What the user gave for the card, for every save from then on.
+    _card_data: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def run(self) -> Run:
@@ -52,8 +48,6 @@ class SavingMixin(_Host):  # type: ignore[misc]
         if self.args.should_save:
             with self._saving(Path(output_dir or self.args.output_dir)) as folder:
                 self._plain_model.save_pretrained(folder, state_dict=state_dict)
-                if isinstance(self.processing_class, PreTrainedTokenizerBase):
-                    self.processing_class.save_pretrained(folder)
                 self._save_claims(folder)
 
     def save_journal(self, output_dir: str, **card_data: Any) -> None:
@@ -64,21 +58,21 @@ class SavingMixin(_Host):  # type: ignore[misc]
         Raises:
             DPZeroError: nothing was trained yet.
         """
-        if self.is_world_process_zero() and self.run.journal is None:
-            raise DPZeroError("There is no journal yet: call train() first.")
         if not self.is_world_process_zero():
             return
+        self._check_journal()
+        self._remember(card_data)
         model = self._plain_model
         with self._saving(Path(output_dir)) as folder:
             if hasattr(model, "peft_config"):
                 model.peft_config[model.active_adapter].save_pretrained(folder)
             else:
                 model.config.save_pretrained(folder)
-                if model.can_generate():
-                    model.generation_config.save_pretrained(folder)
-            self._save_claims(folder, **card_data)
-            with (folder / CARD_NAME).open("a", encoding="utf-8") as card:
-                card.write(_REBUILDING.format(base=hub_name(model) or "BASE"))
+            self._save_claims(folder)
+
+    def _check_journal(self) -> None:
+        if self.run.journal is None:
+            raise DPZeroError("There is no journal yet: call train() first.")
 
     @property
     def _plain_model(self) -> Any:
@@ -90,18 +84,43 @@ class SavingMixin(_Host):  # type: ignore[misc]
             yield staged
             self._written = folder, put_in_place(staged, folder, self.run.evidence_in(folder))
 
-    def _save_claims(self, folder: Path, **card_data: Any) -> None:
+    @property
+    def _release_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer that belongs to the release, as the Trainer finds it."""
+        found = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        return found if isinstance(found, PreTrainedTokenizerBase) else None
+
+    @property
+    def _card_arguments(self) -> dict[str, Any]:
+        repository = self.hub_model_id or self.args.hub_model_id
+        return {"repository": repository, "tokenizer": self._release_tokenizer, **self._card_data}
+
+    def _remember(self, card_data: Mapping[str, Any]) -> None:
+        self._card_data = {**self._card_data, **card_fields(card_data)}
+
+    def _save_claims(self, folder: Path) -> None:
+        if self._release_tokenizer is not None:
+            self._release_tokenizer.save_pretrained(folder)
         step = self.state.global_step if self._weights_step is None else self._weights_step
-        self.run.save_claims(self._plain_model, folder, step, **card_data)
+        self.run.save_claims(self._plain_model, folder, step, **self._card_arguments)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self._weights_step = self.state.best_global_step
 
     def create_model_card(self, *args: Any, **card_data: Any) -> None:
-        """Writes the privacy statement to README.md. `card_data`: language, license, tags … of the card's YAML."""
+        """Writes README.md. What is given for it is kept, and goes into every release that is saved from then on.
+
+        Args:
+            args: not read.
+            card_data: base_model (or finetuned_from: the base's name on the Hub), language, license, datasets, tags,
+                eval_results … of the card's YAML; see `huggingface_hub.ModelCardData`.
+        """
+        self._remember(card_data)
         if self.is_world_process_zero():
-            save_card(self.run.record(), Path(self.args.output_dir), self._plain_model, **card_data)
+            record, folder = self.run.record(), Path(self.args.output_dir)
+            save_picture(record, folder)
+            save_card(record, folder, self._plain_model, **self._card_arguments)
 
     def push_to_hub(
         self,
@@ -114,47 +133,59 @@ class SavingMixin(_Host):  # type: ignore[misc]
         **card_data: Any,
     ) -> Any:
         """Saves and uploads the model, its journal, configuration, record and card: what was just written, and no other
-        file of the folder.
+        file of the folder. All is on disk before the Hub is asked for anything.
 
         With `format="journal"` no weights are uploaded: the base model and the journal make them again, at kilobytes
         (see `save_journal`). This upload always blocks.
 
+        `card_data`: as in `create_model_card`. A base that was loaded from a folder is named by `base_model`.
+
         Raises:
-            DPZeroError: an unknown format, or a journal that is not there yet.
+            DPZeroError: an unknown format, or a journal that is not there yet; or the Hub could not be reached or
+                refused the upload: the text says where the release lies.
         """
         if format not in PUSH_FORMATS:
             raise DPZeroError(f"format must be one of {', '.join(PUSH_FORMATS)}, got {format!r}.")
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token or self.args.hub_token, private=private)
-        where = {"token": token or self.args.hub_token, "revision": revision or self.args.hub_revision}
-        if format == "journal":
-            with tempfile.TemporaryDirectory() as folder:
-                self.save_journal(folder, **card_data)
-                if not self.is_world_process_zero():
-                    return None
-                self._finish_current_push()
-                return self._upload(folder, commit_message, **where)
-        self.save_model(_internal_call=True)
+        self._remember(card_data)
+        access = {"token": token or self.args.hub_token, "revision": revision or self.args.hub_revision}
+        if format == "weights":
+            self.save_model(_internal_call=True)
+            folder = Path(self.args.output_dir)
+        elif self.is_world_process_zero():
+            self._check_journal()
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix="journal-", dir=self.args.output_dir))
+            self.save_journal(str(folder))
         if not self.is_world_process_zero():
             return None
-        self.create_model_card(**card_data)
-        self._finish_current_push()
-        return self._upload(self.args.output_dir, commit_message, run_as_future=not blocking, **where)
+        try:
+            if self.hub_model_id is None:
+                self.init_hf_repo(token=access["token"], private=private)
+            self._finish_current_push()
+            done = self._upload(folder, commit_message, run_as_future=format == "weights" and not blocking, **access)
+        except Exception as error:
+            raise DPZeroError(
+                f"The push to the Hub failed ({type(error).__name__}: {error}). The whole release "
+                f"is on disk in {folder}. Push again once the Hub can be reached."
+            ) from error
+        if format == "journal":
+            shutil.rmtree(folder)
+        return done
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.is_world_process_zero() or self.args.hub_strategy == "end":
             return
         message = f"Training in progress, step {self.state.global_step}"
-        job = self._upload(checkpoint_folder, message, token=self.args.hub_token, run_as_future=True)
+        job = self._upload(Path(checkpoint_folder), message, token=self.args.hub_token, run_as_future=True)
         self._finish_current_push()
         self.push_in_progress = PushInProgress([job])
 
-    def _upload(self, folder: str, message: str | None, **kwargs: Any) -> Any:
+    def _upload(self, folder: Path, message: str | None, **kwargs: Any) -> Any:
         """Uploads what the last save wrote to `folder`, file by file."""
         assert self._written is not None
         written, names = self._written
-        if written != Path(folder):
+        if written != folder:
             raise RuntimeError(f"{folder} was not the last folder to be saved to.")
         added = [CommitOperationAdd(name, written / name) for name in names if is_released(name)]
         return HfApi().create_commit(

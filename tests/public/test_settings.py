@@ -60,9 +60,9 @@ def test_more_noise_wants_larger_batches() -> None:
     seconds = Seconds(row=1e-3, point=1e-4)
     batches = [
         choose_sizes(
-            DPZeroConfig(target_epsilon=epsilon, target_delta=1e-5), seconds, num_units=8000, entries=64, budget=300.0
+            DPZeroConfig(target_epsilon=epsilon, target_delta=1e-5), seconds, num_units=8000, entries=64, budget=3000.0
         ).expected_batch_size
-        for epsilon in (8.0, 0.1)
+        for epsilon in (8.0, 0.03)
     ]
     assert batches[0] < batches[1]
 
@@ -98,7 +98,8 @@ def test_a_rate_makes_noise_wander_as_far_whatever_the_scale_and_the_steps() -> 
 
 
 def test_what_is_open_is_chosen_noted_and_kept(tmp_path: Path) -> None:
-    run = trainer(tmp_path, max_steps=3, per_device_train_batch_size=8)
+    open_noise = {"target_epsilon": None, "noise_multiplier": 1.0}
+    run = trainer(tmp_path, changes=open_noise, max_steps=3, per_device_train_batch_size=8)
     run.train()
     run.save_model(str(tmp_path / "release"))
     record = json.loads((tmp_path / "release" / "privacy_record.json").read_text())
@@ -106,7 +107,7 @@ def test_what_is_open_is_chosen_noted_and_kept(tmp_path: Path) -> None:
     assert record["chosen"].keys() == {"source", "clipping_threshold", "smoothing_parameter", "num_directions"}
     assert (record["clipping"], record["num_directions"]) == ("adaptive", 16)
     assert not [check for check in verify(tmp_path / "release") if check.status == "FAILED"]
-    longer = trainer(tmp_path, max_steps=5, per_device_train_batch_size=8)
+    longer = trainer(tmp_path, changes=open_noise, max_steps=5, per_device_train_batch_size=8)
     longer.train(resume_from_checkpoint=True)
     assert longer.privacy_record()["chosen"] == record["chosen"]
     assert longer.privacy_record()["steps"] == 5
@@ -136,8 +137,8 @@ def test_private_rows_have_no_part_in_what_is_chosen(tmp_path: Path) -> None:
 
 
 def test_time_decides_sizes_and_a_killed_run_goes_on_with_them(tmp_path: Path) -> None:
-    changes = {"minutes": 0.05}
-    run = trainer(tmp_path, changes=changes)
+    changes, default = {"minutes": 0.05}, {"max_steps": -1, "per_device_train_batch_size": 8, "learning_rate": 5e-5}
+    run = trainer(tmp_path, changes=changes, **default)
     with pytest.raises(DPZeroError, match="measured how long"):
         _ = run.privacy_plan
     run.train()
@@ -145,7 +146,7 @@ def test_time_decides_sizes_and_a_killed_run_goes_on_with_them(tmp_path: Path) -
     assert chosen.keys() >= {"expected_batch_size", "steps", "learning_rate", "num_directions"}
     assert run.state.global_step == chosen["steps"] == run.privacy_plan.steps
     assert run.privacy_record()["epsilon"] <= 4.0
-    again = trainer(tmp_path, changes=changes)
+    again = trainer(tmp_path, changes=changes, **default)
     again.train(resume_from_checkpoint=True)
     assert again.privacy_record()["chosen"] == chosen
     assert again.privacy_record()["steps"] == chosen["steps"]

@@ -17,8 +17,9 @@ from peft_dpzero.release.bundle import with_digests
 from peft_dpzero.release.card import save_card
 from peft_dpzero.release.header import plan_header
 from peft_dpzero.release.journal import Journal, JournalEntry, JournalSegment
+from peft_dpzero.release.ledger import record_of
 from peft_dpzero.release.plausibility import measured
-from peft_dpzero.release.record import privacy_record, save_record
+from peft_dpzero.release.record import save_record
 from peft_dpzero.release.start import save_start
 from torch import Tensor
 
@@ -145,7 +146,7 @@ def forged(folder: Path, rate: float | None = None) -> float:
     assert all(torch.allclose(perturbation.parameters[name], target[name], atol=1e-4) for name in names)
     model.save_pretrained(release)
     config.save_pretrained(release)
-    record = privacy_record(plan, 1)
+    record = record_of(journal.segments)
     save_record(with_digests(record, release, journal, perturbation), release)
     save_card(record, release, model)
     return size / rate
