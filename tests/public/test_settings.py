@@ -19,6 +19,7 @@ from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.public.scales import Seconds, Slopes, measure_slopes
 from peft_dpzero.public.settings import choose_sizes, learning_rate, rough_noise
 from peft_dpzero.release.journal import read_journal
+from peft_dpzero.training import settling
 from peft_dpzero.training.settling import rows_to_measure
 
 from tiny import adapted, arguments, tiny_dataset, tiny_model
@@ -54,17 +55,6 @@ def test_sizes_fit_the_time_and_follow_what_is_given() -> None:
     assert (given.num_directions, given.expected_batch_size, given.steps) == (3, 80, 20)
     with pytest.raises(DPZeroError, match="minutes at least"):
         choose_sizes(config, Seconds(1.0, 1.0), num_units=5000, entries=256, budget=60.0)
-
-
-def test_more_noise_wants_larger_batches() -> None:
-    seconds = Seconds(row=1e-3, point=1e-4)
-    batches = [
-        choose_sizes(
-            DPZeroConfig(target_epsilon=epsilon, target_delta=1e-5), seconds, num_units=8000, entries=64, budget=3000.0
-        ).expected_batch_size
-        for epsilon in (8.0, 0.03)
-    ]
-    assert batches[0] < batches[1]
 
 
 def test_slopes_are_those_of_autograd_and_lambda_lies_between_rounding_and_curvature() -> None:
@@ -136,14 +126,17 @@ def test_private_rows_have_no_part_in_what_is_chosen(tmp_path: Path) -> None:
     assert chosen[0] == chosen[1]
 
 
-def test_time_decides_sizes_and_a_killed_run_goes_on_with_them(tmp_path: Path) -> None:
-    changes, default = {"minutes": 0.05}, {"max_steps": -1, "per_device_train_batch_size": 8, "learning_rate": 5e-5}
+def test_time_decides_sizes_and_a_run_goes_on_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settling, "measure_seconds", lambda *_: Seconds(row=1e-3, point=1e-3))
+    monkeypatch.setattr(settling, "_seconds_a_step", lambda *_: 3.0)
+    changes, default = {"minutes": 1.0}, {"max_steps": -1, "per_device_train_batch_size": 8, "learning_rate": 5e-5}
     run = trainer(tmp_path, changes=changes, **default)
     with pytest.raises(DPZeroError, match="measured how long"):
         _ = run.privacy_plan
     run.train()
     chosen = run.privacy_record()["chosen"]
     assert chosen.keys() >= {"expected_batch_size", "steps", "learning_rate", "num_directions"}
+    assert 10 <= chosen["steps"] <= 18
     assert run.state.global_step == chosen["steps"] == run.privacy_plan.steps
     assert run.privacy_record()["epsilon"] <= 4.0
     again = trainer(tmp_path, changes=changes, **default)
@@ -155,7 +148,13 @@ def test_time_decides_sizes_and_a_killed_run_goes_on_with_them(tmp_path: Path) -
 
 
 def test_with_time_explicit_arguments_stay(tmp_path: Path) -> None:
-    run = trainer(tmp_path, changes={"minutes": 0.1}, max_steps=12, per_device_train_batch_size=32, learning_rate=3e-3)
+    run = trainer(
+        tmp_path,
+        changes={"minutes": 2.0, "num_directions": 2},
+        max_steps=12,
+        per_device_train_batch_size=32,
+        learning_rate=3e-3,
+    )
     run.train()
     record = run.privacy_record()
     assert (record["steps"], record["expected_batch_size"]) == (12, 32)
@@ -167,7 +166,7 @@ def test_tuning_refuses_the_training_data_and_changes_nothing(tmp_path: Path) ->
     with pytest.raises(DPZeroError, match="public"):
         run.tune_on(run.train_dataset)
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
-    measured = run.tune_on(tiny_dataset("classifier", 40), minutes=0.05)
+    measured = run.tune_on(tiny_dataset("classifier", 40), minutes=1.0)
     assert measured.settings.source == "public text"
     assert all(torch.equal(value, run.model.state_dict()[name]) for name, value in before.items())
     assert not list(tmp_path.iterdir())
@@ -201,13 +200,15 @@ def test_the_command_writes_a_run_that_trains(tmp_path: Path, capsys: pytest.Cap
         (tmp_path / f"{name}.csv").write_text("text,label\n" + rows)
     (tmp_path / "run.yaml").write_text(
         "model: base\ntask: sequence-classification\ndata: {train: train.csv, text: text, label: label}\n"
-        "dpzero: {target_epsilon: 4.0, target_delta: 1.0e-4}\ntraining: {output_dir: out, use_cpu: true}\n"
+        "dpzero: {target_epsilon: 4.0, target_delta: 1.0e-4, num_directions: 2}\n"
+        "training: {output_dir: out, use_cpu: true, max_steps: 12}\n"
     )
-    options = ["tune", str(tmp_path / "run.yaml"), "--public", str(tmp_path / "public.csv"), "--minutes", "0.05"]
+    options = ["tune", str(tmp_path / "run.yaml"), "--public", str(tmp_path / "public.csv"), "--minutes", "1"]
     assert command([*options, "--output", str(tmp_path / "tuned.yaml")]) == 0
     printed = capsys.readouterr().out
     assert "norm of a row's K differences" in printed
     assert "signal / noise" in printed
     assert command([*options, "--output", str(tmp_path / "tuned.yaml")]) == 2
+    assert "learning_rate" in (tmp_path / "tuned.yaml").read_text()
     assert command(["train", str(tmp_path / "tuned.yaml")]) == 0
     assert (tmp_path / "out" / "privacy_record.json").exists()
