@@ -19,7 +19,7 @@ from peft_dpzero.release.evidence import Check
 from peft_dpzero.release.optimizer import DPZeroAdamW, DPZeroOptimizer, DPZeroSGD, Estimate
 from peft_dpzero.release.replay import replay_journal
 from peft_dpzero.release.verify import verify
-from peft_dpzero.training.run import Run
+from peft_dpzero.training.own_loop import Run
 from peft_dpzero.training.trainer import DPZeroTrainer, DPZeroTrainerMixin
 
 __all__ = [

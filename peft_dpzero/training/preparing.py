@@ -22,7 +22,7 @@ from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.public.basis import find_basis
 from peft_dpzero.public.rows import public_rows
 from peft_dpzero.public.settings import Settings
-from peft_dpzero.training.run import Run
+from peft_dpzero.training.run import RunOnDisk
 from peft_dpzero.training.settling import (
     MOST_PUBLIC,
     PUBLIC,
@@ -52,7 +52,7 @@ class PreparingMixin(_Host):  # type: ignore[misc]
     _passes: Passes
 
     @property
-    def run(self) -> Run:
+    def run(self) -> RunOnDisk:
         """The private run."""
         raise NotImplementedError
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers.trainer_utils import TrainOutput
 
-from peft_dpzero.training.run import Run
+from peft_dpzero.training.run import RunOnDisk
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Host
@@ -37,7 +37,7 @@ class ReportingMixin(_Host):  # type: ignore[misc]
     _left_out: set[str]
 
     @property
-    def run(self) -> Run:
+    def run(self) -> RunOnDisk:
         """The private run."""
         raise NotImplementedError
 

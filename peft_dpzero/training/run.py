@@ -1,12 +1,6 @@
 """A private run on disk: its plan, the journal that it goes on with, its steps, and what it says of itself.
 
-The Trainer and a loop of one's own hold one `Run` each:
-
-    run = Run(config, rows, expected_batch_size=64, steps=500)
-    with run.started(model, optimizer, collate, "out"):
-        for number in range(run.plan.steps):
-            optimizer.step(run.release(number).estimate)
-    run.save(model, "out")
+The Trainer holds a `RunOnDisk`, and a loop of one's own a `Run`, which adds what the Trainer does for itself.
 """
 
 from __future__ import annotations
@@ -26,7 +20,6 @@ from peft_dpzero.estimation.batching import Collator, LogicalBatches
 from peft_dpzero.estimation.losses import Losses
 from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
 from peft_dpzero.estimation.shapes import Shapes
-from peft_dpzero.estimation.tasks import Task
 from peft_dpzero.estimation.units import units_by_column
 from peft_dpzero.mechanism.plan import PrivacyPlan
 from peft_dpzero.mechanism.private_sum import Released
@@ -39,17 +32,15 @@ from peft_dpzero.release.journal import Journal, JournalSegment
 from peft_dpzero.release.ledger import record_of
 from peft_dpzero.release.optimizer import DPZeroOptimizer
 from peft_dpzero.release.record import privacy_record
-from peft_dpzero.release.staging import put_in_place, staging
 from peft_dpzero.release.writing import save_beside
 from peft_dpzero.step import PrivateStep, StepReport
 from peft_dpzero.training.agreed_basis import agreed_basis
 from peft_dpzero.training.entering import enter_journal, open_journal
-from peft_dpzero.training.own_loop import begin_own_loop, check_own_loop
 from peft_dpzero.training.planning import plan_for, steps_of
 from peft_dpzero.training.settling import Sizes, settings_of
 
 
-class Run:
+class RunOnDisk:
     """One private run over one data set.
 
     Args:
@@ -108,53 +99,6 @@ class Run:
         self.last: Released | None = None
         self.losses: dict[int, float] = {}
         self.listeners: list[Callable[[Released], None]] = []
-
-    # ---- A loop of one's own ----
-
-    @contextmanager
-    def started(
-        self,
-        model: nn.Module,
-        optimizer: DPZeroOptimizer,
-        collate: Collator,
-        folder: str | Path,
-        *,
-        task: Task | None = None,
-        most_rows: int = 64,
-    ) -> Iterator[None]:
-        """Within the block `release` makes the run's releases, with those of an interrupted run in `folder` first.
-
-        Args:
-            model: on its device. Its trainable parameters go to where the run started.
-            optimizer: over them.
-            collate: makes a row (1, …) of a list of one example.
-            folder: for the journal, which is written before each release is used.
-            task: how losses are read; by default that of the model's class.
-            most_rows: rows that go through the model at once at most.
-
-        Raises:
-            DPZeroError: `folder` holds another run's journal or is in use; or the model cannot be trained privately.
-        """
-        check_own_loop(self.config, model, collate)
-        with self.opened(folder, resume=True):
-            begin_own_loop(self, model, optimizer, collate, task, most_rows)
-            yield
-
-    def save(self, model: Any, folder: str | Path, **card_data: Any) -> None:
-        """Saves the model with its configuration, journal, record and card.
-
-        Args:
-            model: the trained one.
-            folder: for the release.
-            card_data: see `DPZeroTrainer.create_model_card`.
-        """
-        if self.processes.is_main_process:
-            with staging(Path(folder)) as staged:
-                model.save_pretrained(staged)
-                self.save_claims(model, staged, **card_data)
-                put_in_place(staged, Path(folder), self.evidence_in(Path(folder)))
-
-    # ---- The run's course ----
 
     @property
     def plan(self) -> PrivacyPlan:

@@ -19,7 +19,7 @@ from peft_dpzero.release.bundle import is_released
 from peft_dpzero.release.card import card_fields, save_card
 from peft_dpzero.release.picture import save_picture
 from peft_dpzero.release.staging import put_in_place, staging
-from peft_dpzero.training.run import Run
+from peft_dpzero.training.run import RunOnDisk
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Host
@@ -40,7 +40,7 @@ class SavingMixin(_Host):  # type: ignore[misc]
     _card_data: Mapping[str, Any] = MappingProxyType({})
 
     @property
-    def run(self) -> Run:
+    def run(self) -> RunOnDisk:
         """The private run."""
         raise NotImplementedError
 

@@ -45,7 +45,7 @@ from peft_dpzero.training.preferences import pair_collator, preference_task
 from peft_dpzero.training.preparing import PreparingMixin
 from peft_dpzero.training.progress import with_spending
 from peft_dpzero.training.reporting import ReportingMixin
-from peft_dpzero.training.run import Run
+from peft_dpzero.training.run import RunOnDisk
 from peft_dpzero.training.saving import SavingMixin
 from peft_dpzero.training.settling import Given
 
@@ -132,9 +132,9 @@ class DPZeroTrainerMixin(PreparingMixin, SavingMixin, ReportingMixin):
         self._left_out: set[str] = set()
 
     @functools.cached_property
-    def run(self) -> Run:
+    def run(self) -> RunOnDisk:
         """The private run over `train_dataset`. It is made at first use, and reads no rows but for `privacy_unit`."""
-        run = Run(
+        run = RunOnDisk(
             self.dpzero_config,
             self.train_dataset,
             expected_batch_size=self.logical_batch_size,
