@@ -531,7 +531,7 @@ def test_a_private_loss_is_logged_and_recorded_every_logging_steps(tmp_path: Pat
     record = json.loads((tmp_path / "privacy_record.json").read_text())
     assert output.metrics["train_loss"] == output.training_loss
     assert record["released_losses"] == {str(step): loss for step, loss in logged.items()}
-    assert f"| 6 | {logged[6]:.3f} |" in (tmp_path / "README.md").read_text()
+    assert f"| 6 | {float(f'{logged[6]:.4g}')} |" in (tmp_path / "README.md").read_text()
 
 
 def test_an_adaptive_threshold_survives_a_crash(tmp_path: Path) -> None:
