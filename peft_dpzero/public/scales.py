@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peft_dpzero.config import SMALLEST_MOVE
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.differences import losses_at, points_of
 from peft_dpzero.estimation.losses import Losses, MicroBatch
@@ -87,15 +86,18 @@ def measure_slopes(
         (float((one - other).norm() / other.norm()), math.sqrt(move * larger), other)
         for move, larger, one, other in zip(moves, moves[1:], slopes, slopes[1:], strict=False)
     ]
-    usable = [candidate for candidate in found if math.isfinite(candidate[0])]
+    usable = [one for one in found if math.isfinite(one[0]) and statistics.median(_sizes(one[2])) > 0]
     if not usable:
         raise DPZeroError(
             "No step size tells how the loss changes: it is not finite, or no made-up row moves it. Give "
             "clipping_threshold and smoothing_parameter, or public_text."
         )
     disagreement, move, made = min(usable, key=lambda candidate: candidate[0])
-    sizes = sorted(made.square().mean(dim=1).sqrt().tolist())
-    return Slopes(tuple(sizes), max(smoothing_parameter or move, SMALLEST_MOVE), disagreement)
+    return Slopes(_sizes(made), smoothing_parameter or float(f"{move:.2g}"), disagreement)
+
+
+def _sizes(slopes: Tensor) -> tuple[float, ...]:
+    return tuple(sorted(slopes.square().mean(dim=1).sqrt().tolist()))
 
 
 def _slopes(

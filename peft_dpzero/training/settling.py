@@ -159,7 +159,7 @@ def find_settings(
     losses = tried.passes.losses
     try:
         slopes = measure_slopes(losses, rows[:_READ], perturbation, config.difference, config.smoothing_parameter)
-    except (DPZeroError, KeyboardInterrupt):
+    except DPZeroError:
         raise
     except Exception as error:  # A user's function may want labels that nobody can make up.
         raise DPZeroError(

@@ -344,6 +344,7 @@ def test_a_named_dataset_brings_its_class_names_and_splits(
     assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"] == {"0": "down", "1": "up"}
 
 
+@pytest.mark.slow
 def test_the_length_of_a_long_row_is_not_printed(recipe: Recipe, tmp_path: Path, bases: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 32
@@ -550,6 +551,17 @@ def test_an_unexpected_failure_with_data_in_hand_quotes_none_of_it(
     assert not any(sentence in line for sentence in SENTENCES)
 
 
+def interrupted(process: subprocess.Popen[str]) -> str:
+    """What a process wrote that was interrupted: again, if the first time fell where Python drops exceptions."""
+    for _ in range(3):
+        os.kill(process.pid, signal.SIGINT)
+        try:
+            return process.communicate(timeout=30)[1]
+        except subprocess.TimeoutExpired:
+            continue
+    raise AssertionError("three interrupts did not end the run")
+
+
 def test_interrupting_a_real_run_prints_one_line(recipe: Recipe, tmp_path: Path) -> None:
     recipe["training"] |= {"max_steps": 100_000, "lr_scheduler_type": "constant"}
     recipe["dpzero"] = {"noise_multiplier": 5.0, "target_delta": 1e-3}
@@ -561,8 +573,7 @@ def test_interrupting_a_real_run_prints_one_line(recipe: Recipe, tmp_path: Path)
             journal = tmp_path / "out" / "dpzero_journal"
             while not (journal.exists() and journal.read_bytes().count(b"\n") > 2) and process.poll() is None:
                 time.sleep(0.05)
-            os.kill(process.pid, signal.SIGINT)
-            _, errors = process.communicate(timeout=60)
+            errors = interrupted(process)
         finally:
             process.kill()
     assert process.returncode == 130

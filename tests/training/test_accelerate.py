@@ -115,7 +115,8 @@ def test_one_rank_writes_the_journal_and_each_release_once(launched: Launched) -
 
 def test_the_saved_files_are_those_of_one_process(launched: Launched) -> None:
     files = {path.name for path in (launched.folder / "whole").iterdir() if path.is_file()}
-    assert files == RELEASE
+    # A run without a guarantee has no ε to draw.
+    assert files == RELEASE - {"privacy.svg"}
     record = json.loads((launched.folder / "whole" / "privacy_record.json").read_text())
     assert (record["steps"], record["expected_batch_size"]) == (STEPS, LOGICAL_BATCH)
 

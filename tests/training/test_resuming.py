@@ -57,6 +57,7 @@ def test_thirty_kills_change_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_killed_private_runs_release_each_step_once(tmp_path: Path) -> None:
     live_and_die(tmp_path, 6, "private")
     folder = tmp_path / "killed"
