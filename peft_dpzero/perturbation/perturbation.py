@@ -201,7 +201,7 @@ class Perturbation:
             return
         assert isinstance(self.directions, Directions), "those in a basis are kept"
         on_cpu = [name for name in names if self.parameters[name].device.type == "cpu"]
-        self.directions.visit(step, coefficients, action, on_cpu, self._wide)
+        self.directions.visit(step, coefficients, action, names=on_cpu, dtype=self._wide)
         for name in names:
             device, numel = self.parameters[name].device, self.directions.numel(name)
             for start in range(0, 0 if device.type == "cpu" else numel, _GPU_PIECE_ENTRIES):
