@@ -23,6 +23,7 @@ CLIPPINGS = ("fixed", "adaptive", "automatic")
 SMALLEST_MOVE, LARGEST_MOVE = 1e-6, 1.0
 MOST_DIRECTIONS = 4096
 DEFAULT_DIRECTIONS = 16
+DEFAULT_DIFFERENCE = "central"
 TRAIN_LOSSES = ("withheld", "private", "nonprivate")
 
 
@@ -111,9 +112,12 @@ class DPZeroConfig:
         default=None,
         metadata=_help("λ: how far parameters are perturbed. None measures where rounding and curvature matter least."),
     )
-    difference: str = field(
-        default="central",
-        metadata=_help("'central' costs 2K forward passes a step; 'forward' K+1, with more bias."),
+    difference: str | None = field(
+        default=None,
+        metadata=_help(
+            "'central' costs 2K forward passes a step; 'forward' K+1, with more bias. None measures whether the loss "
+            "bends too much for 'forward', if anything is measured, else takes 'central'."
+        ),
     )
     direction_distribution: str = field(
         default="gaussian", metadata=_help("'gaussian', 'rademacher' or 'sphere' (radius √d).")
@@ -150,7 +154,8 @@ class DPZeroConfig:
         if self.clipping is not None:
             self._check_choice("clipping", CLIPPINGS)
         self._check_choice("neighboring", NEIGHBORING)
-        self._check_choice("difference", DIFFERENCES)
+        if self.difference is not None:
+            self._check_choice("difference", DIFFERENCES)
         self._check_choice("direction_distribution", DISTRIBUTIONS)
         self._check_choice("train_loss", TRAIN_LOSSES)
         if self.clipping_threshold is not None:
@@ -209,11 +214,12 @@ class DPZeroConfig:
         """K if it is given, or if the mechanism leaves no choice."""
         return 1 if self.mechanism == "laplace" else self.num_directions
 
-    def settled(self, **measured: float | None) -> SettledConfig:
+    def settled(self, **measured: float | str | None) -> SettledConfig:
         """Returns these settings with what is None filled in.
 
         Args:
-            measured: `clipping_threshold`, `smoothing_parameter` and `num_directions`, for fields that are None.
+            measured: `clipping_threshold`, `smoothing_parameter`, `difference` and `num_directions`, for fields that
+                are None.
 
         Raises:
             ValueError: the threshold or λ is neither given nor measured.
@@ -223,6 +229,7 @@ class DPZeroConfig:
             values["clipping"] = "fixed" if self.clipping_threshold or self.mechanism == "laplace" else "adaptive"
         values |= {name: value for name, value in measured.items() if values[name] is None}
         values["num_directions"] = self.known_directions or values["num_directions"] or DEFAULT_DIRECTIONS
+        values["difference"] = values["difference"] or DEFAULT_DIFFERENCE
         for name in ("clipping_threshold", "smoothing_parameter"):
             if values[name] is None:
                 raise ValueError(f"{name} is not known before training has measured it: give it, or train first.")
@@ -310,6 +317,7 @@ class SettledConfig(DPZeroConfig):
     clipping_threshold: float = 10.0
     num_directions: int = DEFAULT_DIRECTIONS
     smoothing_parameter: float = 1e-3
+    difference: str = DEFAULT_DIFFERENCE
 
 
 def _is_number(value: object) -> bool:

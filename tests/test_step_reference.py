@@ -57,7 +57,7 @@ def reference_update(model: Any, kind: str, config: DPZeroConfig) -> dict[str, T
 
     columns = []
     for z in zs:
-        if config.difference == "central":
+        if config.settled().difference == "central":
             columns.append((losses(SMOOTHING, z) - losses(-SMOOTHING, z)) / (2 * SMOOTHING))
         else:
             columns.append((losses(SMOOTHING, z) - losses(0.0, z)) / SMOOTHING)

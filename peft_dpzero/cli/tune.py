@@ -92,7 +92,7 @@ def _filled(path: Path, measured: Measured) -> dict[str, Any]:
     sections: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     chosen = dataclasses.asdict(measured.settings)
     sections["dpzero"].pop("minutes", None)
-    for key in ("clipping_threshold", "smoothing_parameter", "num_directions"):
+    for key in ("clipping_threshold", "smoothing_parameter", "difference", "num_directions"):
         if chosen[key] is not None:
             sections["dpzero"][key] = chosen[key]
     if chosen["clipping_threshold"] is not None:

@@ -30,6 +30,11 @@ _TEXTS_A_SUM = 4
 _MOST_ENTRIES = 1 << 29
 # Directions with a smaller share of the largest one's energy are rounding.
 _SMALLEST_SHARE = 1e-9
+# Vectors grow as the energy falls, by this power of it: halfway to a basis along which outputs are equally sensitive.
+# Without that, noise moves the few strong coordinates and leaves the many weak ones where they were.
+_STRETCH = -0.25
+# The weakest grow ten times at most.
+_STRETCHED_SHARE = 1e-4
 _PATIENCE = 5
 
 
@@ -88,13 +93,15 @@ def find_basis(
 
 
 def _top_vectors(parts: Sequence[Tensor], size: int) -> Tensor:
-    """The first right singular vectors of the matrix [parts[0], parts[1], …], each (m, d_i): (r, d) float32."""
+    """The first right singular vectors of [parts[0], parts[1], …], each (m, d_i), stretched: (r, d) float32."""
     gram = sum((part.double() @ part.double().T for part in parts), torch.zeros(()))  # [m, m]
     energies, left = torch.linalg.eigh(gram)
     energies, left = energies.flip(0)[:size], left.flip(1)[:, :size]
     kept = int((energies > _SMALLEST_SHARE * energies[0]).sum())
     logger.info("A basis of %d vectors holds %.0f %%.", kept, 100 * float(energies.sum() / gram.trace()))
-    scaled = (left[:, :kept] / energies[:kept].sqrt()).float().T  # [r, m]
+    shares = (energies[:kept] / energies[0]).clamp(min=_STRETCHED_SHARE)
+    lengths = (shares / shares[-1]) ** _STRETCH  # the longest 1
+    scaled = (left[:, :kept] * lengths / energies[:kept].sqrt()).float().T  # [r, m]
     return torch.cat([scaled @ part for part in parts], dim=1)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.differences import losses_at, points_of
 from peft_dpzero.estimation.losses import Losses, MicroBatch
@@ -24,6 +25,8 @@ _MOVES = tuple(10.0 ** (power / 2) for power in range(-8, 1))
 # Rows and points of the passes that are timed.
 _TIMED_ROWS = 16
 _FEW_POINTS, _MANY_POINTS = 2, 18
+# One-sided slopes may be off by this share of their size: the error they add to an estimate is its square.
+_BENT = 0.1
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,13 @@ class Slopes:
         sizes: the root mean square of each row's slopes along directions, ascending.
         smoothing_parameter: λ at which they are told best.
         disagreement: how far slopes at half a power of ten below and above it differ, relative to their size.
+        difference: 'central' or 'forward', as they were read.
     """
 
     sizes: tuple[float, ...]
     smoothing_parameter: float
     disagreement: float
+    difference: str = "central"
 
     @property
     def typical(self) -> float:
@@ -57,6 +62,22 @@ class Seconds:
     def of(self, rows: float, points: int) -> float:
         """Seconds of a step with `rows` rows at `points` points each."""
         return self.step + rows * (self.row + points * self.point)
+
+
+def find_slopes(losses: Losses, rows: Sequence[MicroBatch], perturbation: Perturbation, config: DPZeroConfig) -> Slopes:
+    """Slopes as `measure_slopes` reads them: of one side, if nothing else is given and the loss bends little.
+
+    Those take half the passes.
+
+    Raises:
+        DPZeroError: no λ gives slopes that are finite and not 0.
+    """
+    if config.difference is not None:
+        return measure_slopes(losses, rows, perturbation, config.difference, config.smoothing_parameter)
+    one_sided = measure_slopes(losses, rows, perturbation, "forward", config.smoothing_parameter)
+    if one_sided.disagreement <= _BENT:
+        return one_sided
+    return measure_slopes(losses, rows, perturbation, "central", config.smoothing_parameter)
 
 
 def measure_slopes(
@@ -93,7 +114,7 @@ def measure_slopes(
             "clipping_threshold and smoothing_parameter, or public_text."
         )
     disagreement, move, made = min(usable, key=lambda candidate: candidate[0])
-    return Slopes(_sizes(made), smoothing_parameter or float(f"{move:.2g}"), disagreement)
+    return Slopes(_sizes(made), smoothing_parameter or float(f"{move:.2g}"), disagreement, difference)
 
 
 def _sizes(slopes: Tensor) -> tuple[float, ...]:

@@ -11,14 +11,14 @@ from typing import Any
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from peft_dpzero.config import DPZeroConfig, SettledConfig
+from peft_dpzero.config import DEFAULT_DIFFERENCE, DPZeroConfig, SettledConfig
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.public.scales import Seconds, Slopes
 
 # How large the mean gradient is, squared, beside a row's: not known before training, and about this early in it.
 SIGNAL_SHARE = 0.02
 # How much the noise in a run's updates may change a loss by its end.
-_WANDERING = 0.15
+_WANDERING = 0.3
 # Smaller batches drown in noise, and of fewer rows each goes by itself.
 _BATCHES = tuple(64 << power for power in range(6))
 _DIRECTIONS = tuple(1 << power for power in range(10))
@@ -36,6 +36,7 @@ class Settings:
         source: what it was measured on: "public text" or "made-up rows".
         clipping_threshold: C.
         smoothing_parameter: λ.
+        difference: 'central' or 'forward'.
         num_directions: K.
         expected_batch_size: B, of all processes.
         steps: T.
@@ -45,6 +46,7 @@ class Settings:
     source: str
     clipping_threshold: float | None = None
     smoothing_parameter: float | None = None
+    difference: str | None = None
     num_directions: int | None = None
     expected_batch_size: int | None = None
     steps: int | None = None
@@ -55,6 +57,7 @@ class Settings:
         return config.settled(
             clipping_threshold=self.clipping_threshold,
             smoothing_parameter=self.smoothing_parameter,
+            difference=self.difference,
             num_directions=self.num_directions,
         )
 
@@ -107,6 +110,7 @@ def choose_sizes(
     num_units: int,
     entries: int,
     budget: float,
+    difference: str = DEFAULT_DIFFERENCE,
     processes: int = 1,
     batch: int | None = None,
     steps: int | None = None,
@@ -119,6 +123,7 @@ def choose_sizes(
         num_units: N.
         entries: in how many coordinates directions lie.
         budget: seconds for all steps.
+        difference: 'central' or 'forward'.
         processes: among which rows are split.
         batch: B if it is given.
         steps: T if it is given.
@@ -128,7 +133,7 @@ def choose_sizes(
     """
     batches = [batch] if batch else [b for b in _BATCHES if b <= num_units // 4] or [max(1, num_units // 4)]
     directions = (known,) if (known := config.known_directions) else _DIRECTIONS
-    points = 1 if config.difference == "forward" else 2
+    points = 1 if difference == "forward" else 2
 
     def choices() -> Iterator[Choice]:
         for size, count in itertools.product(batches, directions):

@@ -21,7 +21,7 @@ from peft_dpzero.estimation.losses import MicroBatch
 from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
 from peft_dpzero.estimation.shapes import Shapes, as_row
 from peft_dpzero.perturbation.perturbation import Perturbation
-from peft_dpzero.public.scales import Slopes, measure_seconds, measure_slopes
+from peft_dpzero.public.scales import Slopes, find_slopes, measure_seconds
 from peft_dpzero.public.settings import (
     FEWEST_STEPS,
     Choice,
@@ -158,7 +158,7 @@ def find_settings(
     """
     losses = tried.passes.losses
     try:
-        slopes = measure_slopes(losses, rows[:_READ], perturbation, config.difference, config.smoothing_parameter)
+        slopes = find_slopes(losses, rows[:_READ], perturbation, config)
     except DPZeroError:
         raise
     except Exception as error:  # A user's function may want labels that nobody can make up.
@@ -177,6 +177,7 @@ def find_settings(
             num_units=sizes.num_units,
             entries=perturbation.num_coordinates,
             budget=(sizes.deadline - time.monotonic()) / _RESERVE,
+            difference=slopes.difference,
             processes=sizes.processes,
             batch=batch,
             steps=steps,
@@ -185,6 +186,7 @@ def find_settings(
     settled = config.settled(
         clipping_threshold=clipping_threshold(slopes, directions or DEFAULT_DIRECTIONS),
         smoothing_parameter=slopes.smoothing_parameter,
+        difference=slopes.difference,
         num_directions=directions,
     )
     assert batch is not None, "it is the user's unless time decides"
@@ -206,6 +208,7 @@ def find_settings(
         source,
         settled.clipping_threshold if config.clipping_threshold is None else None,
         settled.smoothing_parameter if config.smoothing_parameter is None else None,
+        settled.difference if config.difference is None else None,
         settled.num_directions if config.known_directions is None else None,
         batch if sizes.batch is None else None,
         steps if sizes.steps is None else None,

@@ -44,13 +44,28 @@ def test_it_spans_the_gradients_and_leaves_out_what_they_do_not_move() -> None:
     # Two inputs' directions and the bias, each with the opposite sign for the other class.
     assert basis.size == 3
     vectors = basis.vectors.double() * 2.0**-15
-    torch.testing.assert_close(vectors @ vectors.T, torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-3)
+    lengths = vectors.norm(dim=1)
+    turned = vectors / lengths[:, None]
+    torch.testing.assert_close(turned @ turned.T, torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-3)
     gradient = torch.cat(
         [torch.outer(torch.tensor([1.0, -1.0]), plane[0] + plane[1]).flatten(), torch.ones(2)]
     ).double()
     gradient[-1] = -1
-    inside = vectors.T @ (vectors @ gradient)
+    inside = turned.T @ (turned @ gradient)
     torch.testing.assert_close(inside, gradient, rtol=0, atol=1e-2)
+
+
+def test_vectors_are_longer_where_outputs_are_less_sensitive() -> None:
+    torch.manual_seed(0)
+    model = Linear()
+    model.layer.bias.requires_grad_(False)
+    # Two inputs, the second a hundredth as large; the gradients' energies differ by its square.
+    signs = torch.randint(0, 2, (400, 2)) * 2.0 - 1
+    rows = [{"x": torch.cat([pair * torch.tensor([1.0, 0.01]), torch.zeros(10)]), "labels": 0} for pair in signs]
+    vectors = find_basis(model, ClassificationTask(), rows, default_data_collator, dict, size=2).vectors * 2.0**-15
+    strong, weak = vectors.norm(dim=1).tolist()
+    assert weak == pytest.approx(1, abs=1e-2)
+    assert strong == pytest.approx(0.1, rel=0.1)
 
 
 def config(**changes: Any) -> DPZeroConfig:

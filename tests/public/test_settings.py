@@ -13,10 +13,11 @@ from peft_dpzero import DPZeroConfig, DPZeroTrainer, verify
 from peft_dpzero.checks.passes import try_model
 from peft_dpzero.cli.app import run as command
 from peft_dpzero.errors import DPZeroError
+from peft_dpzero.estimation.losses import Losses
 from peft_dpzero.estimation.tasks import infer_task
 from peft_dpzero.mechanism.accountant import COARSE_INTERVAL, Accountant
 from peft_dpzero.perturbation.perturbation import Perturbation
-from peft_dpzero.public.scales import Seconds, Slopes, measure_slopes
+from peft_dpzero.public.scales import Seconds, Slopes, find_slopes, measure_slopes
 from peft_dpzero.public.settings import choose_sizes, learning_rate, rough_noise
 from peft_dpzero.release.journal import read_journal
 from peft_dpzero.training import settling
@@ -78,6 +79,26 @@ def test_slopes_are_those_of_autograd_and_lambda_lies_between_rounding_and_curva
     assert slopes.sizes == pytest.approx(sorted(expected), rel=0.02)
 
 
+@pytest.mark.parametrize(("bend", "difference"), [(0.0, "forward"), (1e9, "central")])
+def test_one_side_is_read_unless_the_loss_bends(bend: float, difference: str) -> None:
+    model = adapted().eval()
+    perturbation, plain = Perturbation(model), infer_task(model)
+    start = {name: parameter.detach().clone() for name, parameter in perturbation.parameters.items()}
+
+    class Bent(type(plain)):  # type: ignore[misc]
+        def losses(self, outputs: Any, batch: Any) -> torch.Tensor:
+            far = sum(float((p.detach() - start[n]).square().sum()) for n, p in perturbation.parameters.items())
+            return super().losses(outputs, batch) + bend * far
+
+    rows, _ = rows_to_measure(
+        try_model(perturbation, plain, DPZeroConfig(**OPEN), dict, device=torch.device("cpu")), []
+    )
+    losses = Losses(model, Bent(), dict)
+    assert find_slopes(losses, rows, perturbation, DPZeroConfig(**OPEN)).difference == difference
+    given = DPZeroConfig(**OPEN, difference="central")
+    assert find_slopes(losses, rows, perturbation, given).difference == "central"
+
+
 def test_a_rate_makes_noise_wander_as_far_whatever_the_scale_and_the_steps() -> None:
     moved = [
         learning_rate(Slopes((size,), 1e-3, 0.0), steps) * size * math.sqrt(steps)
@@ -94,7 +115,9 @@ def test_what_is_open_is_chosen_noted_and_kept(tmp_path: Path) -> None:
     run.save_model(str(tmp_path / "release"))
     record = json.loads((tmp_path / "release" / "privacy_record.json").read_text())
     assert record["chosen"] == read_journal(tmp_path / "dpzero_journal").segments[0].header["chosen"]
-    assert record["chosen"].keys() == {"source", "clipping_threshold", "smoothing_parameter", "num_directions"}
+    numbers = {"clipping_threshold", "smoothing_parameter", "num_directions"}
+    assert record["chosen"].keys() == {"source", "difference", *numbers}
+    assert record["difference"] == record["chosen"]["difference"]
     assert (record["clipping"], record["num_directions"]) == ("adaptive", 16)
     assert not [check for check in verify(tmp_path / "release") if check.status == "FAILED"]
     longer = trainer(tmp_path, changes=open_noise, max_steps=5, per_device_train_batch_size=8)

@@ -82,7 +82,7 @@ def prepared(
             step=0,
             num_directions=CONFIG.num_directions,
             smoothing_parameter=CONFIG.smoothing_parameter,
-            difference=CONFIG.difference,
+            difference=CONFIG.settled().difference,
         )
         return Contributions(CONFIG).rows(0, estimated._rows, estimated._losses, CONFIG.clipping_threshold)
 
