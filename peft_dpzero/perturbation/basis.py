@@ -23,7 +23,7 @@ _FRACTION_BITS = 15
 _WEIGHT_BITS = 26
 # Entries that are combined at once, and directions that are made at once.
 _COLUMNS = 1 << 15
-_TOGETHER = 16
+_TOGETHER = 32
 _COORDINATES = "coordinates"
 
 

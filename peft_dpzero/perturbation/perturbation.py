@@ -18,8 +18,10 @@ from peft_dpzero.perturbation.basis import Basis, BasisDirections
 from peft_dpzero.perturbation.directions import Action, Directions
 from peft_dpzero.perturbation.streaming import streamed
 
-# Directions of a step are kept while they are together below this many entries (16 MiB of float32).
+# Directions of a step are kept while they are together below this many entries (16 MiB of float32), those in a basis,
+# which take longer to make, below this many (64 MiB).
 KEPT_ENTRIES = 1 << 22
+KEPT_ENTRIES_IN_BASIS = 1 << 24
 # Below this many entries (256 MiB of float32) a copy of θ costs little: it serves all micro-batches of a pass, and its
 # memory is used again by the next, since the system takes as long to hand out pages as threads take to fill them.
 STREAMED_ENTRIES = 1 << 26
@@ -220,7 +222,8 @@ class Perturbation:
         key = (direction, device)
         if key not in self._kept:
             vector = self.directions.vector(step, direction, device)
-            if self._kept and (len(self._kept) + 1) * vector.numel() > KEPT_ENTRIES:
+            most = KEPT_ENTRIES if self.basis is None else KEPT_ENTRIES_IN_BASIS
+            if self._kept and (len(self._kept) + 1) * vector.numel() > most:
                 # The newest makes room, so that the first ones last and both sides of a direction share one.
                 self._kept.popitem()
             self._kept[key] = vector

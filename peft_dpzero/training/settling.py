@@ -36,7 +36,7 @@ MADE_UP, PUBLIC = "made-up rows", "public text"
 # Public rows that are looked at.
 MOST_PUBLIC = 256
 # Rows whose slopes are read.
-_READ = 8
+_READ = 32
 # Of made-up rows: the longest, unless `max_length` is less, and the parts of it that they have.
 _LONGEST = 64
 _PARTS = (0.25, 0.5, 0.5, 0.75)
