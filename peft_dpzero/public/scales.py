@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peft_dpzero.config import DPZeroConfig
+from peft_dpzero.config import DEFAULT_DIFFERENCE, DPZeroConfig
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.differences import losses_at, points_of
 from peft_dpzero.estimation.losses import Losses, MicroBatch
@@ -43,7 +43,7 @@ class Slopes:
     sizes: tuple[float, ...]
     smoothing_parameter: float
     disagreement: float
-    difference: str = "central"
+    difference: str = DEFAULT_DIFFERENCE
 
     @property
     def typical(self) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from peft_dpzero.config import DEFAULT_DIFFERENCE, DPZeroConfig, SettledConfig
+from peft_dpzero.config import DPZeroConfig, SettledConfig
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.public.scales import Seconds, Slopes
 
@@ -110,7 +110,6 @@ def choose_sizes(
     num_units: int,
     entries: int,
     budget: float,
-    difference: str = DEFAULT_DIFFERENCE,
     processes: int = 1,
     batch: int | None = None,
     steps: int | None = None,
@@ -118,12 +117,11 @@ def choose_sizes(
     """The batch and the directions with which a run of `budget` seconds estimates gradients best.
 
     Args:
-        config: the budget of privacy, and K if it is given.
+        config: the budget of privacy, the difference, and K if it is given.
         seconds: what passes take.
         num_units: N.
         entries: in how many coordinates directions lie.
         budget: seconds for all steps.
-        difference: 'central' or 'forward'.
         processes: among which rows are split.
         batch: B if it is given.
         steps: T if it is given.
@@ -133,7 +131,7 @@ def choose_sizes(
     """
     batches = [batch] if batch else [b for b in _BATCHES if b <= num_units // 4] or [max(1, num_units // 4)]
     directions = (known,) if (known := config.known_directions) else _DIRECTIONS
-    points = 1 if difference == "forward" else 2
+    points = 1 if config.difference == "forward" else 2
 
     def choices() -> Iterator[Choice]:
         for size, count in itertools.product(batches, directions):

@@ -172,12 +172,11 @@ def find_settings(
         row = sorted(rows, key=_tokens)[len(rows) // 2]
         seconds = measure_seconds(losses, row, perturbation, slopes.smoothing_parameter)
         choice = choose_sizes(
-            config,
+            config.replace(difference=slopes.difference),
             seconds,
             num_units=sizes.num_units,
             entries=perturbation.num_coordinates,
             budget=(sizes.deadline - time.monotonic()) / _RESERVE,
-            difference=slopes.difference,
             processes=sizes.processes,
             batch=batch,
             steps=steps,
