@@ -16,6 +16,7 @@ from peft_dpzero.estimation.differences import losses_at
 from peft_dpzero.estimation.losses import PLAIN, Losses, MicroBatch, Shortcuts
 from peft_dpzero.estimation.shortcuts.filled_rows import FilledLayers, layers_of_rows
 from peft_dpzero.estimation.shortcuts.label_logits import OutputHead
+from peft_dpzero.estimation.shortcuts.last_attention import LastAttention, last_attention
 from peft_dpzero.estimation.shortcuts.merged_lora import MergedLora
 from peft_dpzero.estimation.shortcuts.read_positions import NarrowedLayers, find_narrowed, last_modules
 from peft_dpzero.estimation.shortcuts.trunk import SharedTrunk
@@ -89,14 +90,16 @@ class Trials:
         """Whether the losses of a row by itself are the plain pass's."""
         return self._near(self.losses(shortcuts, batch=self._lone), self._plain_alone)
 
-    def agree_narrowed(self, shortcuts: Shortcuts, modules: Sequence[nn.Module]) -> bool:
-        """Whether the losses are the plain pass's, whatever `modules` put out where no loss reads.
+    def agree_narrowed(
+        self, shortcuts: Shortcuts, modules: Sequence[nn.Module], attention: LastAttention | None = None
+    ) -> bool:
+        """Whether the losses are the plain pass's, whatever `modules` and `attention` put out where no loss reads.
 
         Small models hide in a tolerance what large values there change, so that these must not change a bit.
         """
         quiet, loud = (
-            self.losses(replace(shortcuts, read_positions=NarrowedLayers(modules, loud)), _POINTS[:1], self._narrowable)
-            for loud in (False, True)
+            self.losses(replace(shortcuts, read_positions=layers), _POINTS[:1], self._narrowable)
+            for layers in (NarrowedLayers(modules, attention), NarrowedLayers(modules, attention, loud=True))
         )
         if quiet is None or loud is None or self._plain_narrowable is None:
             return False
@@ -127,18 +130,28 @@ def find_shortcuts(trials: Trials, trunk: SharedTrunk | None, run: Callable[[], 
     if (lora := MergedLora(model)).layers and trials.agree(replace(found, merged_lora=MergedLora(model, always=True))):
         found = replace(found, merged_lora=lora)
     if type(trials.task) is not FunctionTask and reason_to_separate(model, trials.task) is None:
-        head_module = found.label_logits.module if found.label_logits else None
-        tried = [module for module in last_modules(model, run) if module is not head_module]
-        narrowed = find_narrowed(tried, lambda modules: trials.agree_narrowed(found, modules))
-        found = replace(found, read_positions=NarrowedLayers(narrowed) if narrowed else None)
+        found = replace(found, read_positions=_narrowed(trials, found, run))
         if layers := layers_of_rows(model, run):
             found = _with(trials, found, filled_rows=FilledLayers(layers))
     if trials.perturbation.most_stacked > 1 and trials.agree_alone(stacked := replace(found, stacked=True)):
         found = stacked
     if trunk is None:
         return found
+    trunk.measure(lambda: trials.losses(found, _POINTS[:1]), lambda: trials.losses(found, _POINTS[1:]))
     shared = _with(trials, found, trunk=trunk)
     return shared if shared.trunk else replace(found, trunk=trunk, stacked=False)
+
+
+def _narrowed(trials: Trials, shortcuts: Shortcuts, run: Callable[[], Any]) -> NarrowedLayers | None:
+    """The last layers, and the last attention if they reach down to it, that can run where losses read."""
+    held_back = {shortcuts.label_logits.module} if shortcuts.label_logits else set()
+    tried = [module for module in last_modules(trials.model, run) if held_back.isdisjoint(module.modules())]
+    layers = find_narrowed(tried, lambda modules: trials.agree_narrowed(shortcuts, modules))
+    attention = last_attention(trials.model, lambda: trials.losses(shortcuts, _POINTS[:1])) if layers else None
+    for asked in (attention, replace(attention, values=None)) if attention else ():
+        if trials.agree_narrowed(shortcuts, layers, asked):
+            return NarrowedLayers(layers, asked)
+    return NarrowedLayers(layers) if layers else None
 
 
 def _with(trials: Trials, shortcuts: Shortcuts, **more: Any) -> Shortcuts:
@@ -171,17 +184,20 @@ def find_streamed(perturbation: Perturbation, run: Callable[[], Tensor]) -> froz
 
 def find_trunk(model: nn.Module, perturbation: Perturbation, run: Callable[[], Tensor]) -> SharedTrunk | None:
     """The activations that directions can share, or None if there are few or sharing changes the output."""
-    trunk = SharedTrunk(model, run)
+
+    def there() -> Tensor:
+        with perturbation.at(0, 0, SCALE):
+            return run()
+
+    trunk = SharedTrunk(model, run, there)
     if trunk.share < _WORTHWHILE_TRUNK:
         return None
-    with perturbation.at(0, 0, SCALE):
-        plain = run()
+    plain = there()
     with trunk.shared() as restart:
         run()
         for _ in range(2):
             restart()
-            with perturbation.at(0, 0, SCALE):
-                shared = run()
+            shared = there()
     if not torch.allclose(plain, shared, rtol=1e-5, atol=1e-6):
         logger.info("Activations are not shared between directions: this model changes them in place.")
         return None

@@ -6,16 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from peft_dpzero import TokenTask, infer_task
 from peft_dpzero.checks.probe import Probe
 from peft_dpzero.estimation.differences import losses_at
 from peft_dpzero.estimation.losses import Losses, Shortcuts
+from peft_dpzero.estimation.shortcuts.last_attention import LastAttention, last_attention
 from peft_dpzero.estimation.shortcuts.merged_lora import MergedLora
+from peft_dpzero.estimation.shortcuts.places import Places
 from peft_dpzero.estimation.shortcuts.read_positions import NarrowedLayers
+from peft_dpzero.estimation.shortcuts.stacked_products import product
 from peft_dpzero.perturbation.perturbation import Perturbation
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tiny import LORA_TARGETS, VOCABULARY, tiny_lora, tiny_model
 
@@ -112,11 +118,15 @@ def test_the_last_layers_are_found_to_the_last_attention_and_no_further(kind: st
     last = chosen(model).read_positions
     assert last is not None
     names = {module: name for name, module in model.named_modules()}
-    found = [names[module] for module in last.modules]
+    found = [names[inside] for module in last.modules for inside in module.modules()]
     for suffix in UPPER[kind]:
         assert any(name.endswith(suffix) for name in found), suffix
     for part in LOWER[kind]:
         assert not any(name.endswith(part) or f".{part}." in name for name in found), part
+    assert last.attention is not None
+    assert ".1." in names[last.attention.module]
+    adapted = build is tiny_lora and {"value", "v_proj"} & set(LORA_TARGETS[kind])
+    assert not adapted or names[last.attention.values].endswith(("value", "v_proj"))
 
 
 def test_a_head_that_pools_over_all_tokens_is_not_narrowed() -> None:
@@ -136,12 +146,101 @@ def test_narrowed_layers_leave_out_what_is_not_read() -> None:
     one = rows_of([9])
     one["labels"][:, :-2] = -100
     outputs: list[Tensor] = []
-    layer = model.get_base_model().model.layers[1].mlp.down_proj
-    layer.register_forward_hook(lambda module, args, output: outputs.append(output))
+    layer = model.get_base_model().model.layers[1]
+    layer.mlp.register_forward_hook(lambda module, args, output: outputs.append(output))
+    layer.self_attn.o_proj.register_forward_hook(lambda module, args, output: outputs.append(output))
     Losses(model, TokenTask(1), dict, Shortcuts(read_positions=last))(one)
     read = torch.zeros(1, 9, dtype=torch.bool)
     read[0, 6:8] = True
-    assert torch.equal(outputs[0].abs().sum(dim=2) != 0, read)
+    assert all(torch.equal(output.abs().sum(dim=2) != 0, read) for output in outputs)
+
+
+def attention_of(groups: int, is_causal: bool) -> nn.Module:
+    module = nn.Module()
+    module.num_key_value_groups, module.is_causal = groups, is_causal
+    return module
+
+
+@given(
+    rows=st.integers(1, 5),
+    length=st.integers(3, 9),
+    positions=st.integers(1, 2),
+    groups=st.sampled_from([1, 2]),
+    mask=st.sampled_from(["none", "bool", "added", "one for all"]),
+    is_causal=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_an_attention_asked_at_few_places_gives_there_what_all_of_it_gives(
+    rows: int, length: int, positions: int, groups: int, mask: str, is_causal: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    query = torch.randn(rows, 4, length, 6, dtype=torch.float64)
+    key, value = torch.randn(2, rows, 4 // groups, length, 6, dtype=torch.float64)
+    allowed = (torch.rand(rows, 1, length, length) < 0.6) | torch.eye(length, dtype=torch.bool)
+    masks = {
+        "none": None,
+        "bool": allowed,
+        "added": torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, -torch.inf),
+        "one for all": allowed[:1],
+    }
+    read = torch.stack([torch.randperm(length)[:positions] for _ in range(rows)])
+    lines = torch.arange(rows)[:, None].expand_as(read)
+    places = Places(lambda _: (lines.reshape(-1), read.reshape(-1)))
+    module = attention_of(groups, is_causal)
+    call = {"module": module, "query": query, "key": key, "value": value, "attention_mask": masks[mask], "scaling": 0.3}
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    whole, _ = attend(**call)
+    with LastAttention(module).narrowed(places):
+        made, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](**call)
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attend
+    torch.testing.assert_close(made[lines, read], whole[lines, read], rtol=1e-10, atol=1e-12)
+
+
+def test_values_that_are_changed_before_the_attention_are_not_held_back() -> None:
+    class Doubled(nn.Module):
+        """Looks like an attention's layer of values, and what it makes is changed before it is weighted."""
+
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return torch.tanh(self.layer(hidden))
+
+    model = tiny_lora("classifier").eval()
+    inner = model.base_model.model.bert.encoder.layer[1].attention.self
+    inner.value = Doubled(inner.value)
+    found = last_attention(model, Probe(model, CPU, task=infer_task(model)).run)
+    assert found == LastAttention(inner)
+
+
+@pytest.mark.parametrize("kind", ["classifier", "causal_lm"])
+def test_points_that_are_stacked_over_a_narrowed_attention_give_each_points_own_losses(kind: str) -> None:
+    model = tiny_lora(kind, layers_to_transform=[1]).eval()
+    task, shortcuts, perturbation = infer_task(model), chosen(model), Perturbation(model)
+    assert shortcuts.read_positions is not None
+    assert shortcuts.read_positions.attention is not None
+    one = rows_of([7, 3, 5] if kind == "classifier" else [7])
+    one["labels"] = (
+        torch.tensor([0, 1, 1]) if kind == "classifier" else one["labels"].index_fill(1, torch.arange(4), -100)
+    )
+    losses = Losses(model, task, dict, shortcuts)
+    stacked = losses.stacked(one, perturbation.stacked(0, POINTS))
+    torch.testing.assert_close(stacked, at_points(model, task, one), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("in_dims", [(0, None), (None, 0), (0, 0), (2, None), (None, 1)])
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
+def test_a_product_with_one_stacked_factor_is_each_points_product(
+    in_dims: tuple[int | None, int | None], leading: tuple[int, ...]
+) -> None:
+    sizes = ((*leading, 4, 5), (*leading, 5, 6))
+    factors = [torch.randn(7, *size, dtype=torch.float64) for size in sizes]
+    given = [f[0] if dim is None else f.movedim(0, dim) for f, dim in zip(factors, in_dims, strict=True)]
+    made = torch.vmap(product, in_dims)(*given)
+    left, right = (f[:1] if dim is None else f for f, dim in zip(factors, in_dims, strict=True))
+    torch.testing.assert_close(made, left @ right)
 
 
 def test_each_row_keeps_a_line_of_its_own() -> None:

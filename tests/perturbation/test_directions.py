@@ -190,11 +190,16 @@ def test_a_shared_trunk_changes_no_logit(layers: list[int]) -> None:
     assert not any("forward" in vars(module) for module in trunk.modules)
 
 
-def test_nothing_is_shared_when_the_first_layer_depends_on_what_is_trained() -> None:
-    prefix = get_peft_model(
-        tiny_model("causal_lm"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    ).eval()
-    full = tiny_model("causal_lm")
-    for model in (prefix, full):
-        run = Probe(model, torch.device("cpu")).run
-        assert find_trunk(model, Perturbation(model), run) is None
+def test_nothing_is_shared_if_all_is_trained() -> None:
+    model = tiny_model("causal_lm")
+    assert find_trunk(model, Perturbation(model), Probe(model, torch.device("cpu")).run) is None
+
+
+def test_with_a_prefix_what_reads_tokens_alone_is_shared() -> None:
+    prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = get_peft_model(tiny_model("causal_lm"), prefix).eval()
+    trunk = find_trunk(model, Perturbation(model), Probe(model, torch.device("cpu")).run)
+    assert trunk is not None
+    layers = model.base_model.model.layers
+    assert layers[0].self_attn.q_proj in trunk.modules
+    assert not any(module in trunk.modules for module in layers[1].modules())

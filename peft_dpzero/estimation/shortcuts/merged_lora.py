@@ -34,7 +34,7 @@ class MergedLora:
 
     def __init__(self, model: nn.Module, always: bool = False) -> None:
         self.always = always
-        self.layers = [module for module in model.modules() if type(module) is Linear and _is_plain(module)]
+        self.layers = [module for module in model.modules() if type(module) is Linear and is_plain(module)]
         sizes = itertools.accumulate(_size(base_layer(layer)) for layer in self.layers)
         self._kept = [layer for layer, size in zip(self.layers, sizes, strict=True) if size <= KEPT_ENTRIES]
 
@@ -50,7 +50,8 @@ def _size(layer: Any) -> int:
     return int(layer.weight.numel())
 
 
-def _is_plain(layer: Linear) -> bool:
+def is_plain(layer: Linear) -> bool:
+    """Whether a layer is xWᵀ + s·(xAᵀ)Bᵀ, in float32 or wider."""
     base: Any = base_layer(layer)
     wide = type(base) in (nn.Linear, Conv1D) and base.weight.dtype in (torch.float32, torch.float64)
     return wide and not layer.lora_variant and not any(layer.lora_bias.values())

@@ -1,14 +1,12 @@
 """The shared trunk: activations that no direction can change are computed once a micro-batch.
 
-Every module whose work ends before the first perturbed parameter is used gives the same output at θ + λz and
-θ − λz for every z. Within `SharedTrunk.shared()` such a module runs once and then repeats its output, so that
-adapters on the upper layers cost only the passes above them.
+A module without a perturbed parameter, whose arguments no perturbed parameter has touched, gives the same output at
+θ + λz and θ − λz for every z. Within `SharedTrunk.shared()` such a module runs once and then repeats its output, so
+that adapters on the upper layers cost only the passes above them.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,17 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from peft_dpzero.modules import Forward, hooked, replaced_forwards
 
+# Values that are the same in two passes if they are equal. Of other objects that is not known.
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
 
 class SharedTrunk:
-    """Finds the shareable modules of a model by watching one forward pass.
+    """Finds the shareable modules of a model by watching a forward pass at two points.
 
     Args:
         model: in eval mode; its trainable parameters are the perturbed ones.
-        probe: runs one forward pass on public, made-up input.
+        here: runs one forward pass on public, made-up input.
+        there: the same pass at another point.
 
     Attributes:
         modules: those that run once a micro-batch.
@@ -35,15 +37,18 @@ class SharedTrunk:
         row_width, token_width: of the widest output above them, entries a row (b, width) and a token (b, l, width).
     """
 
-    def __init__(self, model: nn.Module, probe: Callable[[], object]) -> None:
-        calls = _watched(model, probe)
-        first_use = _first_use(model, {module: call.start for module, call in calls.items()})
-        self.modules = _modules_before(first_use, model, calls)
-        self.share = _products(self.modules) / max(_products([model]), 1)
-        above = [call.shape for call in calls.values() if call.end >= first_use]
-        self.row_width, self.token_width = (
-            max((shape[-1] for shape in above if len(shape) == ndim), default=0) for ndim in (2, 3)
+    def __init__(self, model: nn.Module, here: Callable[[], object], there: Callable[[], object]) -> None:
+        self.model = model
+        one, other = _watched(model, here), _watched(model, there)
+        self.modules = _outermost(
+            model, lambda m: m in one and m in other and _is_untouched(m) and one[m].given == other[m].given
         )
+        self.share = _products(self.modules) / max(_products([model]), 1)
+        self.row_width, self.token_width = _widths(one, other)
+
+    def measure(self, here: Callable[[], object], there: Callable[[], object]) -> None:
+        """Measures the widths again, in passes with shortcuts."""
+        self.row_width, self.token_width = _widths(_watched(self.model, here), _watched(self.model, there))
 
     def entries_above(self, rows: int, tokens: int) -> int:
         """Entries of the widest output above the trunk for a micro-batch."""
@@ -121,66 +126,76 @@ def _is_same(one: Any, other: Any) -> bool:
 
 @dataclass
 class _Call:
-    """A module's calls: when the first started and the last ended, how many there were, and an output's shape."""
+    """A module's calls in a pass: how many there were, and of the last what told arguments and outputs of one pass from
+    those of another, and an output's shape, without a length if all its positions are the same."""
 
-    start: int
-    end: float = math.inf
+    given: Any = None
+    made: Any = None
     count: int = 0
     shape: tuple[int, ...] = ()
 
 
-def _watched(model: nn.Module, probe: Callable[[], object]) -> dict[nn.Module, _Call]:
+def _watched(model: nn.Module, run: Callable[[], object]) -> dict[nn.Module, _Call]:
     calls: dict[nn.Module, _Call] = {}
-    clock = itertools.count(1)
 
-    def on_start(module: nn.Module, args: Any) -> None:
-        call = calls.setdefault(module, _Call(next(clock)))
+    def on_start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = calls.setdefault(module, _Call())
         call.count += 1
+        # A call among several has no arguments of its own.
+        call.given = _marks((args, kwargs)) if call.count == 1 else object()
 
-    def on_end(module: nn.Module, args: Any, output: Any) -> None:
-        calls[module].end = next(clock)
-        calls[module].shape = tuple(output.shape) if isinstance(output, Tensor) else ()
+    def on_end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        calls[module].made = _marks(output)
+        if isinstance(output, Tensor):
+            alike = output.ndim == 3 and (output.shape[1] == 1 or output.stride(1) == 0)
+            calls[module].shape = tuple(output[:, 0].shape if alike else output.shape)
 
-    handles = [m.register_forward_pre_hook(on_start) for m in model.modules()]
+    handles = [m.register_forward_pre_hook(on_start, with_kwargs=True) for m in model.modules()]
     handles += [m.register_forward_hook(on_end) for m in model.modules()]
     with hooked(handles):
-        probe()
+        run()
     return calls
 
 
-def _modules_before(first_use: int, model: nn.Module, calls: Mapping[nn.Module, _Call]) -> list[nn.Module]:
-    """The outermost modules that are called once and end before the first use of a trainable parameter."""
-    shareable: list[nn.Module] = []
+def _marks(value: Any) -> list[Any]:
+    """What the leaves of a value can be compared by, without keeping tensors: two sums of each."""
+    return [_mark(leaf) for leaf in tree_leaves(value)]
+
+
+def _mark(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor) or leaf.is_meta:
+        return leaf if isinstance(leaf, _PLAIN) else object()
+    wide = leaf.detach().double()
+    ramp = torch.linspace(1, 2, leaf.shape[-1], dtype=torch.float64, device=leaf.device) if leaf.ndim else wide
+    return tuple(leaf.shape), leaf.dtype, float(wide.sum()), float((wide * ramp).sum())
+
+
+def _widths(one: Mapping[nn.Module, _Call], other: Mapping[nn.Module, _Call]) -> tuple[int, int]:
+    """The widest outputs (b, width) and (b, l, width) that differ between two passes."""
+    above = [call.shape for module, call in one.items() if module not in other or other[module].made != call.made]
+    rows, tokens = (max((shape[-1] for shape in above if len(shape) == ndim), default=0) for ndim in (2, 3))
+    return rows, tokens
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _outermost(model: nn.Module, suits: Callable[[nn.Module], bool]) -> list[nn.Module]:
+    found: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:
-        call = calls.get(module)
-        if call is not None and call.count == 1 and call.end < first_use:
-            shareable.append(module)
+        if suits(module):
+            found.append(module)
             return
         for child in module.children():
             visit(child)
 
     visit(model)
-    return shareable
+    return found
 
 
 def _products(modules: Iterable[nn.Module]) -> int:
     """Entries of the weight matrices in `modules`, those of embeddings apart."""
     inside = (child for module in modules for child in module.modules() if not isinstance(child, nn.Embedding))
     return sum(p.numel() for child in inside for p in child.parameters(recurse=False) if p.ndim == 2)
-
-
-def _first_use(model: nn.Module, started: Mapping[nn.Module, int]) -> int:
-    """When the first trainable parameter can have been read: its owner's start, or that of the nearest ancestor
-    that was called, since a parent may read a child's parameter without calling it."""
-    first = [max(started.values(), default=0) + 1]
-
-    def visit(module: nn.Module, ancestor_start: int) -> None:
-        start = started.get(module, ancestor_start)
-        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
-            first.append(min(start, ancestor_start) if module not in started else start)
-        for child in module.children():
-            visit(child, start)
-
-    visit(model, 0)
-    return min(first)
