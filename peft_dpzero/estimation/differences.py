@@ -14,6 +14,9 @@ from peft_dpzero.estimation.losses import Losses, MicroBatch
 from peft_dpzero.mechanism.private_sum import PrivateDifferences
 from peft_dpzero.perturbation.perturbation import Perturbation, Point
 
+# Parameters at stacked points are kept for a step's micro-batches while they are this many entries (64 MiB of float32).
+KEPT_ENTRIES_IN_STACKS = 1 << 24
+
 
 def estimate_differences(
     losses: Losses,
@@ -73,10 +76,8 @@ def losses_at(
     made = [_at_point(losses, placed, perturbation, step, point) for point in points] if alone else []
     found = {i: torch.stack([values[number] for values in made]) for number, i in enumerate(alone)}
     # Of the others each meets all points, so that they share what none of them changes.
-    return [
-        found[i] if i in found else _at_points(losses, one, perturbation, step, points)
-        for i, one in enumerate(micro_batches)
-    ]
+    stacks = _Stacks(perturbation, step)
+    return [found[i] if i in found else _at_points(losses, one, stacks, points) for i, one in enumerate(micro_batches)]
 
 
 def points_together(losses: Losses, micro_batch: MicroBatch, perturbation: Perturbation) -> int:
@@ -91,21 +92,37 @@ def _at_point(
         return [losses(one) for one in placed]
 
 
-def _at_points(
-    losses: Losses, micro_batch: MicroBatch, perturbation: Perturbation, step: int, points: Sequence[Point]
-) -> Tensor:
+class _Stacks:
+    """The parameters at several points of a step, kept for the next micro-batch if they are few."""
+
+    def __init__(self, perturbation: Perturbation, step: int) -> None:
+        self.perturbation = perturbation
+        self.step = step
+        self._kept: dict[tuple[Point, ...], dict[str, Tensor]] = {}
+
+    def at(self, points: tuple[Point, ...]) -> dict[str, Tensor]:
+        """As `Perturbation.stacked` makes them."""
+        if points not in self._kept:
+            entries = sum(map(len, (*self._kept, points))) * int(self.perturbation.directions.num_entries)
+            if entries > KEPT_ENTRIES_IN_STACKS:
+                self._kept.clear()
+            self._kept[points] = self.perturbation.stacked(self.step, points)
+        return self._kept[points]
+
+
+def _at_points(losses: Losses, micro_batch: MicroBatch, stacks: _Stacks, points: Sequence[Point]) -> Tensor:
     placed = losses.place(micro_batch)
-    together = points_together(losses, micro_batch, perturbation)
+    together = points_together(losses, micro_batch, stacks.perturbation)
     trunk = losses.shortcuts.trunk
     made: list[Tensor] = []
     with trunk.shared() if trunk else nullcontext(_nothing) as restart:
         for start in range(0, len(points), together):
             restart()
-            chunk = points[start : start + together]
+            chunk = tuple(points[start : start + together])
             if together < 2:
-                made += _at_point(losses, [placed], perturbation, step, chunk[0])
+                made += _at_point(losses, [placed], stacks.perturbation, stacks.step, chunk[0])
             else:
-                made += losses.stacked(placed, perturbation.stacked(step, chunk))
+                made += losses.stacked(placed, stacks.at(chunk))
     return torch.stack(made)
 
 

@@ -23,7 +23,7 @@ _FRACTION_BITS = 15
 _WEIGHT_BITS = 26
 # Entries that are combined at once, and directions that are made at once.
 _COLUMNS = 1 << 15
-_TOGETHER = 32
+_TOGETHER = 128
 _COORDINATES = "coordinates"
 
 
@@ -99,13 +99,13 @@ class BasisDirections:
         self._made: tuple[int, int, Tensor] = (-1, -1, torch.empty(0))
 
     def vector(self, step: int, direction: int, device: torch.device | str = "cpu") -> Tensor:
-        """z of the basis's parameters: (d,) float32."""
+        """z of the basis's parameters: (d,) float32, not to be written to."""
         block, number = divmod(direction, _TOGETHER)
         if self._made[:2] != (step, block):
             first = block * _TOGETHER
             weights = torch.stack([self._coordinates(step, k) for k in range(first, first + _TOGETHER)])
             self._made = step, block, self.basis.combined(weights)
-        return self._made[2][number].to(device, copy=True)
+        return self._made[2][number].to(device)
 
     def view(self, vector: Tensor, name: str) -> Tensor:
         """One parameter's entries in a `vector` (d,) or in each of (P, d), in the parameter's shape."""
