@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 # How far parameters are moved: enough to show in float32 logits whatever the adapter.
 SCALE = 0.1
 # A smaller share of the model than this is not worth keeping.
-_WORTHWHILE_TRUNK = 0.05
+_WORTHWHILE_TRUNK = 0.1
 _POINTS: list[Point] = [(0, SCALE), (1, -SCALE)]
 
 
