@@ -15,7 +15,14 @@ from peft_dpzero.errors import DPZeroError
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.release.adapter import ADAPTER_CONFIG_NAME
 from peft_dpzero.release.card import CARD_NAME
-from peft_dpzero.release.digests import ADAPTER_NAME, file_digest, file_names, files_digest, is_model_file, parameters_digest
+from peft_dpzero.release.digests import (
+    ADAPTER_NAME,
+    file_digest,
+    file_names,
+    files_digest,
+    is_model_file,
+    parameters_digest,
+)
 from peft_dpzero.release.journal import JOURNAL_NAME, Journal
 from peft_dpzero.release.picture import PICTURE_NAME
 from peft_dpzero.release.record import RECORD_NAME
