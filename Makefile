@@ -34,7 +34,7 @@ zoo: $(VENV)/.ready
 # Runs docs/notebook.ipynb and keeps what it shows: about six minutes on 2 cores.
 notebook: $(VENV)/.ready $(REVIEWS)
 	rm -rf runs/notebook
-	$(RUN)/python tests/notebook.py
+	$(RUN)/python tests/run_notebook.py
 
 # BENCH="--quick", BENCH="--only gemma_lora" and the like go through to the script.
 bench: $(VENV)/.bench $(REVIEWS)
