@@ -3,7 +3,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 REVIEWS := .cache/vaderSentiment-3.3.2.tar.gz
 
-.PHONY: demo test test-all lint docs unit slow zoo bench clean
+.PHONY: demo test test-all lint docs unit slow zoo bench notebook clean
 
 demo: $(VENV)/.ready $(REVIEWS)
 	$(RUN)/python integrations/trainer/sentiment.py --reviews $(REVIEWS) --output runs/demo
@@ -21,7 +21,7 @@ lint: $(VENV)/.ready
 docs: $(VENV)/.ready
 	$(RUN)/mkdocs build --strict
 
-unit: $(VENV)/.ready
+unit: $(VENV)/.ready $(REVIEWS)
 	$(RUN)/pytest -n 2 --dist loadfile
 
 slow: $(VENV)/.ready
@@ -30,6 +30,11 @@ slow: $(VENV)/.ready
 zoo: $(VENV)/.ready
 	PYTHONPATH=tests:benchmarks $(RUN)/python tests/zoo/table.py
 	$(RUN)/pytest -n 2 -m zoo tests/zoo
+
+# Runs docs/notebook.ipynb and keeps what it shows: about six minutes on 2 cores.
+notebook: $(VENV)/.ready $(REVIEWS)
+	rm -rf runs/notebook
+	$(RUN)/python tests/run_notebook.py
 
 # BENCH="--quick", BENCH="--only gemma_lora" and the like go through to the script.
 bench: $(VENV)/.bench $(REVIEWS)

@@ -16,12 +16,12 @@ FORMULA = re.compile(r"\$\$(?P<block>.+?)\$\$|\\\((?P<inline>.+?)\\\)", re.DOTAL
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     """Called by MkDocs for each page: the table of DPZeroConfig's fields goes where `MARK` stands."""
-    rows = [f"| `{f.name}` | `{f.default!r}` | {f.metadata['help']} |" for f in dataclasses.fields(DPZeroConfig)]
-    table = "\n".join(["| field | default | |", "|---|---|---|", *rows])
+    rows = [f"| `{f.name}`<br>`{f.default!r}` | {f.metadata['help']} |" for f in dataclasses.fields(DPZeroConfig)]
+    table = "\n".join(["| field, and its default | |", "|---|---|", *rows])
     return FORMULA.sub(_mathml, markdown.replace(MARK, table))
 
 
 def _mathml(formula: re.Match[str]) -> str:
     if (block := formula["block"]) is not None:
-        return convert(block.strip(), display="block")
+        return f'<div class="formula">{convert(block.strip(), display="block")}</div>'
     return convert(formula["inline"])

@@ -25,6 +25,7 @@ def learn_from_words(
     tokenizer: PreTrainedTokenizerBase,
     words: tuple[Sequence[str], Sequence[str]],
     texts: Sequence[str],
+    steps: int = STEPS,
 ) -> None:
     """Trains the trainable parameters of `model` on `texts`, labelled by their likeness to each class's words.
 
@@ -34,6 +35,7 @@ def learn_from_words(
         tokenizer: of both.
         words: of class 0, and of class 1.
         texts: public; half are taken to be of each class.
+        steps: of the optimizer.
     """
     negative, positive = (
         embed(encoder, tokenizer, [template.format(word) for word in some for template in TEMPLATES]).mean(dim=0)
@@ -43,12 +45,12 @@ def learn_from_words(
     odds = SHARPNESS * (along - along.median()) / along.std()
     labels = torch.stack([torch.sigmoid(-odds), torch.sigmoid(odds)], dim=1)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     generator = torch.Generator().manual_seed(0)
     model.eval()
     # Texts of like length share a batch, so that little of it is padding.
     groups = torch.tensor(sorted(range(len(texts)), key=lambda i: len(texts[i]))).split(BATCH)
-    for number in torch.randint(len(groups), (STEPS,), generator=generator).tolist():
+    for number in torch.randint(len(groups), (steps,), generator=generator).tolist():
         chosen = groups[number]
         logits = model(**tokens(tokenizer, [texts[i] for i in chosen.tolist()])).logits
         nn.functional.cross_entropy(logits, labels[chosen]).backward()

@@ -19,6 +19,7 @@ from peft_dpzero.checks.arguments import check_arguments
 from peft_dpzero.cli.explain import check_types, explained, nearest
 from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
+from peft_dpzero.release.base_name import given_name
 from peft_dpzero.training.optimizers import optimizer_for
 
 # A task's name, and its PEFT task type.
@@ -86,6 +87,7 @@ class RunSettings:
     adapter: PeftConfig | None
     dpzero: DPZeroConfig
     training: TrainingArguments
+    base_model: str | None = None
 
     @property
     def classifies(self) -> bool:
@@ -108,7 +110,8 @@ def read_settings(path: Path) -> RunSettings:
     with explained("dpzero"):
         dpzero = DPZeroConfig(**sections["dpzero"])
     training = _training_arguments(sections["training"], task, folder)
-    return RunSettings(_model_name(sections["model"], folder), task, data, adapter, dpzero, training)
+    name = _model_name(sections["model"], folder)
+    return RunSettings(name, task, data, adapter, dpzero, training, given_name(sections.get("base_model")))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -121,7 +124,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise DPZeroError(f"{path} must hold sections such as 'model:' and 'data:'; see docs/cli.md.")
     required = ("model", "task", "data", "dpzero", "training")
-    known = (*required, "adapter")
+    known = (*required, "adapter", "base_model")
     homes = {
         **dict.fromkeys(_names(TrainingArguments), "training"),
         **dict.fromkeys(_names(DPZeroConfig), "dpzero"),

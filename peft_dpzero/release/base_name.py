@@ -31,9 +31,7 @@ def base_name(model: Any, given: str | None = None) -> str | None:
         DPZeroError: `given` is no name that a model on the Hub can have.
     """
     if given is not None:
-        if not _is_name(given):
-            raise DPZeroError(f"base_model must be a name on the Hub, such as organization/model; got {given!r}.")
-        return given
+        return given_name(given)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     adapter = model.peft_config[model.active_adapter] if hasattr(model, "peft_config") else None
     places = (
@@ -42,6 +40,17 @@ def base_name(model: Any, given: str | None = None) -> str | None:
         getattr(getattr(base, "config", None), "_name_or_path", None),
     )
     return hub_name(next((str(place) for place in places if place), ""))
+
+
+def given_name(name: Any) -> str | None:
+    """What a user calls the base; None if nothing is given.
+
+    Raises:
+        DPZeroError: it is no name that a model on the Hub can have.
+    """
+    if name is None or (isinstance(name, str) and _is_name(name)):
+        return name
+    raise DPZeroError(f"base_model must be a name on the Hub, such as organization/model; got {name!r}.")
 
 
 def hub_name(place: str) -> str | None:

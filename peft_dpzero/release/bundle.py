@@ -15,7 +15,14 @@ from peft_dpzero.errors import DPZeroError
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.release.adapter import ADAPTER_CONFIG_NAME
 from peft_dpzero.release.card import CARD_NAME
-from peft_dpzero.release.digests import ADAPTER_NAME, file_digest, files_digest, is_model_file, parameters_digest
+from peft_dpzero.release.digests import (
+    ADAPTER_NAME,
+    file_digest,
+    file_names,
+    files_digest,
+    is_model_file,
+    parameters_digest,
+)
 from peft_dpzero.release.journal import JOURNAL_NAME, Journal
 from peft_dpzero.release.picture import PICTURE_NAME
 from peft_dpzero.release.record import RECORD_NAME
@@ -26,6 +33,8 @@ _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"),
 )
+# Those of a tokenizer that has several.
+_TEMPLATE = re.compile(r"additional_chat_templates/[\w-]+\.jinja")
 # What a push may upload, with a whole model's weights in one file or several.
 _RELEASED = (
     ADAPTER_NAME,
@@ -53,7 +62,7 @@ _BY_CONTENT = (RECORD_NAME, CARD_NAME)
 
 def is_released(name: str) -> bool:
     """Whether a push may upload the file `name`, a path relative to the release's folder."""
-    return name in _RELEASED or is_model_file(name)
+    return name in _RELEASED or is_model_file(name) or _TEMPLATE.fullmatch(name) is not None
 
 
 def is_tolerated(name: str) -> bool:
@@ -86,7 +95,7 @@ def with_digests(
         perturbation: over the trained model.
         step: how many releases the weights are made of; None for all.
     """
-    names = sorted(path.name for path in folder.iterdir() if is_hashed(path.name))
+    names = filter(is_hashed, file_names(folder))
     return {
         **record,
         "journal": {"entries": len(journal.entries), "sha256": journal.checksum},
@@ -111,9 +120,8 @@ def fetch_release(name: str | Path) -> tuple[Path, list[str]]:
     """
     folder = Path(name)
     if folder.is_dir():
-        found = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
         # A run's checkpoints may lie beside its release on its own machine; no push takes them.
-        return folder, sorted(file.as_posix() for file in found if not _CHECKPOINT.fullmatch(file.parts[0]))
+        return folder, [name for name in file_names(folder) if not _CHECKPOINT.fullmatch(name.partition("/")[0])]
     try:
         files = HfApi().list_repo_files(str(name))
         return Path(snapshot_download(str(name), allow_patterns=_wanted(files))), sorted(files)

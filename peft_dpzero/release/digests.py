@@ -31,6 +31,11 @@ def is_weights(name: str) -> bool:
     return name in (ADAPTER_NAME, "model.safetensors.index.json") or is_model_file(name)
 
 
+def file_names(folder: Path) -> list[str]:
+    """The names of all files in `folder` and below, relative to it."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     total = hashlib.sha256()

@@ -15,6 +15,8 @@ _WIDTH, _HEIGHT = 640, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 40, 40
 _POINTS = 12
 _MOST_LOSSES = 200
+# So few points are drawn as dots, too: a single one has no line.
+_FEW = 20
 Point = tuple[float, float]
 
 
@@ -67,15 +69,18 @@ def _panel(chart: _Chart, steps: int, offset: int) -> str:
     left, right = _LEFT, _WIDTH - _RIGHT
     high, low = offset + _TOP, offset + _HEIGHT - _BOTTOM
     span = (chart.high - chart.low) or 1.0
-    line = " ".join(
-        f"{left + (right - left) * step / steps:.1f},{low - (low - high) * (value - chart.low) / span:.1f}"
+    places = [
+        (f"{left + (right - left) * step / steps:.1f}", f"{low - (low - high) * (value - chart.low) / span:.1f}")
         for step, value in chart.points
-    )
+    ]
+    line = " ".join(map(",".join, places))
+    dots = (f'<circle cx="{x}" cy="{y}" r="3" fill="{chart.color}"/>' for x, y in places if len(places) <= _FEW)
     return "\n".join(
         (
             f'<text x="{left}" y="{high - 16}" font-size="15">{escape(chart.title)}</text>',
             f'<path d="M{left},{high}V{low}H{right}" fill="none" stroke="#999"/>',
             f'<polyline points="{line}" fill="none" stroke="{chart.color}" stroke-width="2"/>',
+            *dots,
             f'<text x="{left - 8}" y="{high + 5}" text-anchor="end">{chart.high:.4g}</text>',
             f'<text x="{left - 8}" y="{low + 5}" text-anchor="end">{chart.low:.4g}</text>',
             f'<text x="{left}" y="{low + 20}" text-anchor="middle">0</text>',

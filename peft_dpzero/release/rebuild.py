@@ -31,15 +31,16 @@ def rebuild(base: str, journal: str, out: Path, model_class: str | None) -> int:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DPZeroError(f"{out} exists and is not an empty folder: name a new one.")
-    folder, _ = fetch_release(Path(journal).parent if Path(journal).is_file() else journal)
+    folder, names = fetch_release(Path(journal).parent if Path(journal).is_file() else journal)
     model = load_start_model(base, folder, model_class)
     steps = _steps(folder)
     replay_journal(model, folder, steps)
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)  # type: ignore[operator]
-    for path in folder.iterdir():
-        if is_released(path.name) and not is_weights(path.name):
-            shutil.copyfile(path, out / path.name)
+    for name in names:
+        if is_released(name) and not is_weights(name):
+            (out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / name, out / name)
     return steps
 
 

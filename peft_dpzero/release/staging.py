@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from peft_dpzero.release.card import CARD_NAME
-from peft_dpzero.release.digests import is_model_file
+from peft_dpzero.release.digests import file_names, is_model_file
 from peft_dpzero.release.record import RECORD_NAME
 
 _PREFIX = ".dpzero-unfinished-"
@@ -38,18 +38,16 @@ def put_in_place(staged: Path, folder: Path, kept: Collection[str] = ()) -> tupl
         folder: the release's folder.
         kept: files that `folder` has already and must keep, the same as in `staged`.
 
-    Returns: the names of the files at the top of `staged`.
+    Returns: the files' names, relative to the folder.
     """
-    names = sorted(path.name for path in staged.iterdir() if path.is_file())
+    names = file_names(staged)
     names.sort(key=lambda name: _LAST.index(name) if name in _LAST else -1)
     if any(map(is_model_file, names)):
         for path in folder.iterdir():
             if is_model_file(path.name) and path.name not in names:
                 path.unlink()
-    for path in staged.iterdir():
-        if path.is_dir():
-            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
     for name in names:
         if name not in kept:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(staged / name, folder / name)
     return tuple(names)

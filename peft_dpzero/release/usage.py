@@ -88,13 +88,20 @@ def _python(model: Any, auto: str, base: str, repository: str, tokenizer: Any) -
     else:
         lines.append(f'model = {auto}.from_pretrained("{repository}").eval()')
     if piped:
-        text = f"This is {tokenizer.mask_token}." if task == "fill-mask" else "A text of the kind it was trained on."
         lines += [
             f'tokenizer = AutoTokenizer.from_pretrained("{repository}")',
             f'run = pipeline("{task}", model=model, tokenizer=tokenizer)',
-            f"print(run({text!r}))",
+            f"print(run({_example(task, tokenizer)!r}))",
         ]
     return lines
+
+
+def _example(task: str | None, tokenizer: Any) -> str | list[dict[str, str]]:
+    """What a pipeline for the task can be given."""
+    if task == "fill-mask":
+        return f"This is {tokenizer.mask_token}."
+    text = "A text of the kind it was trained on."
+    return [{"role": "user", "content": text}] if task == "text-generation" and tokenizer.chat_template else text
 
 
 def _auto_class(model: Any) -> str | None:

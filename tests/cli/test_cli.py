@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from datasets import ClassLabel, Dataset, Features, Value
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from peft_dpzero import DPZeroConfig, make_plan
 from peft_dpzero.cli.app import run
@@ -319,6 +320,15 @@ def test_full_tuning_saves_a_whole_model_with_its_class_names(
     assert model.config.id2label == {0: "1", 1: "0"}
 
 
+def test_a_base_in_a_folder_gets_the_name_that_is_given(
+    recipe: Recipe, train: Callable[..., int], tmp_path: Path
+) -> None:
+    assert train(recipe | {"base_model": "organization/model"}) == 0
+    adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == "organization/model"
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == "organization/model"
+
+
 def test_no_copy_of_the_data_stays_in_a_cache(
     recipe: Recipe, train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -406,6 +416,7 @@ SETTINGS_ERRORS: list[tuple[Callable[[Recipe], Any], str]] = [
     (lambda r: r.update(dpzero=3), "'dpzero' must hold keys of its own"),
     (lambda r: r.update(model="./nowhere"), "model: there is no folder"),
     (lambda r: r.update(model=3), "model must be a folder or a Hub name"),
+    (lambda r: r.update(base_model="./folder"), "base_model must be a name on the Hub"),
     (lambda r: r.update(task="classification"), "did you mean 'sequence-classification'?"),
     (lambda r: r["data"].pop("text"), "data.text is missing"),
     (lambda r: r["data"].pop("label"), "data.label is missing for task sequence-classification"),
