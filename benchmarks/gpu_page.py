@@ -47,7 +47,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
     )
     first = [(title.replace(", ", "\n"), _memory(run, workload)) for title, k, run, workload in made if k == "1"]
     _bars(memory, first, "GiB above the loaded weights", "Peak memory, K = 1")
-    times.legend(fontsize=7, frameon=False)
+    for axes in (times, memory):
+        axes.legend(fontsize=7, frameon=False)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
