@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import send_to_device
 from peft_dpzero import DPZeroConfig, DPZeroSGD, make_plan
 from peft_dpzero.checks.probe import Probe
+from peft_dpzero.checks.shortcuts import find_streamed
 from peft_dpzero.estimation.batching import LogicalBatches
 from peft_dpzero.estimation.losses import PLAIN, Losses
 from peft_dpzero.estimation.sampling import PoissonSampler
@@ -45,27 +46,56 @@ class Ours:
         workload: what is trained.
         num_directions: K.
         without: a field of `Shortcuts` that is switched off.
+        streams: whether large θ is perturbed module by module, as in a run, or as a whole.
+        like: another step over the workload, whose passes are taken untried, and whose optimizer.
         settings: further fields of `DPZeroConfig`.
+
+    Attributes:
+        reason: why rows go one at a time, or None.
     """
 
-    def __init__(self, workload: Workload, num_directions: int, without: str | None = None, **settings: Any) -> None:
-        config = DPZeroConfig(
-            noise_multiplier=1.0, target_delta=1e-5, num_directions=num_directions, clipping_threshold=200.0, **settings
-        )
+    def __init__(
+        self,
+        workload: Workload,
+        num_directions: int,
+        without: str | None = None,
+        streams: bool = True,
+        like: Ours | None = None,
+        **settings: Any,
+    ) -> None:
+        fixed = {
+            "noise_multiplier": 1.0,
+            "target_delta": 1e-5,
+            "clipping_threshold": 200.0,
+            "smoothing_parameter": 1e-3,
+        }
+        config = DPZeroConfig(num_directions=num_directions, **(fixed | settings))
         plan = make_plan(config, len(workload.rows), workload.batch_size, STEPS)
         perturbation = Perturbation(workload.model, config.direction_seed, config.direction_distribution)
-        self.optimizer = DPZeroSGD(perturbation.parameters.values(), lr=1e-6)
+        self.optimizer = like.optimizer if like else DPZeroSGD(perturbation.parameters.values(), lr=1e-6)
         device = next(workload.model.parameters()).device
         workload.model.eval()
         probe = Probe(workload.model, device, task=workload.task)
-        shapes = probe.fit_shapes(perturbation, Shapes(workload.batch_size, workload.micro_batch_size))
-        assert probe.reason is None, probe.reason
-        losses = probe.losses(perturbation, partial(send_to_device, device=device))
+        self.reason: str | None = like.reason if like else None
+        if like is None:
+            longest = max(len(row["input_ids"]) for row in workload.rows)
+            sizes = Shapes(workload.batch_size, workload.micro_batch_size, max_length=longest)
+            shapes = probe.fit_shapes(perturbation, sizes)
+            losses = probe.losses(perturbation, partial(send_to_device, device=device))
+            self.reason = probe.reason
+        else:
+            losses, shapes = like.losses, like.shapes
         self.shortcuts = losses.shortcuts
         if without is not None:
             off = replace(self.shortcuts, **{without: getattr(PLAIN, without)})
             losses = Losses(workload.model, workload.task, losses.place, off)
-        batches = Batches(workload).logical(probe.tried_shapes(perturbation, losses, shapes, config))
+        if streams and (streamed := find_streamed(perturbation, probe.run)):
+            perturbation = Perturbation(
+                workload.model, config.direction_seed, config.direction_distribution, streamed=streamed
+            )
+        self.losses = losses
+        self.shapes = shapes if like else probe.tried_shapes(perturbation, losses, shapes, config.settled())
+        batches = Batches(workload).logical(self.shapes)
         self._new_step = partial(
             PrivateStep,
             workload.model,
@@ -88,7 +118,8 @@ class Ours:
 def no_grad_evaluation(workload: Workload, rows: list[Row]) -> None:
     """What the Trainer's evaluation would run: padded micro-batches of rows sorted by length, losses and all."""
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
+    device = next(workload.model.parameters()).device
     with torch.no_grad():
         for start in range(0, len(ordered), workload.micro_batch_size):
-            batch = workload.collate(ordered[start : start + workload.micro_batch_size])
+            batch = send_to_device(workload.collate(ordered[start : start + workload.micro_batch_size]), device)
             workload.task.losses(workload.model(**workload.task.inputs(batch)), batch)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,11 +15,15 @@ from peft_dpzero.estimation.losses import Losses
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from transformers import OPTConfig, OPTForCausalLM, set_seed
 
+import device_checks
 import floor
+import gpu
+import gpu_page
 from headlines import headlines
 from reference import Reference
 from timing import linear_fit, spread
 from workloads import Workload, causal_lm, llama
+from zoo import architectures as zoo_architectures
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -78,3 +85,40 @@ def test_headlines_quote_what_is_worst_for_us() -> None:
 def test_linear_fit() -> None:
     fit = linear_fit([1, 2, 3], [3.0, 5.0, 7.0])
     assert fit == {"slope": 2.0, "intercept": 1.0, "r_squared": 1.0}
+
+
+def test_the_gpu_script_checks_and_times_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gpu.DIRECTIONS, "tiny", ((1,), (1,)))
+    monkeypatch.setitem(gpu_page.SHAPES, "tiny", "tiny OPT")
+    monkeypatch.setattr(gpu, "FLOORS", ("equal", "packed 512"))
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # Takes long among all that the tests import.
+    output = tmp_path / "cpu.json"
+    sizes = ["--batch", "8", "--length", "16", "--vocab-size", "100", "--rounds", "2", "--dtype", "float32"]
+    gpu.main(["--only", "tiny", "--device", "cpu", *sizes, "--output", str(output)])
+    results = json.loads(output.read_text())
+    assert "failed" not in results["tiny"]
+    found = list(gpu_page.cases(results))
+    assert [(title, k) for title, k, *_ in found] == [("tiny OPT, LoRA", "1"), ("tiny OPT, all", "1")]
+    assert results["tiny"]["lora"]["strangers"]["differ"] == 0
+    gpu_page.draw(results, tmp_path / "cpu.svg")
+    assert (tmp_path / "cpu.svg").exists()
+    assert "tiny OPT, all, K = 1" in gpu_page.times_table(results)
+
+
+def test_a_part_that_takes_too_long_is_stopped() -> None:
+    with pytest.raises(gpu.Overtime), gpu.at_most(0.05):
+        time.sleep(5)
+
+
+def test_device_checks_see_planted_faults() -> None:
+    cpu, name = torch.device("cpu"), "Llama"
+    small = zoo_architectures.BY_NAME[name]
+    assert device_checks.check_directions(cpu, large=1000)["sphere"]["differ"] == 0
+    assert all(found["differ"] == 0 for found in device_checks.check_updates(cpu, width=50).values())
+    assert device_checks.plant_quantile(cpu, entries=1 << 18)["differ"] > 0
+    assert device_checks.plant_ulp(cpu)["differ"] > 0
+    model = zoo_architectures.build(small)
+    settings = {"rows": (2, 3), "lengths": (8,)}
+    assert device_checks.strangers(model, **settings)["differ"] == 0
+    with device_checks.coupled(model):
+        assert device_checks.strangers(model, **settings)["differ"] == 3

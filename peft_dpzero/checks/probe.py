@@ -12,19 +12,28 @@ from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
 from peft_dpzero.checks.architectures import ROWWISE_TASKS, positions_of, reason_to_separate
-from peft_dpzero.checks.causes import Dependence, dependence_error, first_difference, told, watched
+from peft_dpzero.checks.causes import Call, Dependence, dependence_error, first_difference, told, watched
 from peft_dpzero.checks.shortcuts import SCALE, Trials, find_shortcuts, find_trunk
 from peft_dpzero.checks.synthetic import ProbeBatch, SyntheticRows, thinned
 from peft_dpzero.config import SettledConfig
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.differences import losses_at, points_of, points_together
 from peft_dpzero.estimation.losses import Losses, MicroBatch
-from peft_dpzero.estimation.shapes import PASS_TOKENS, PASS_TOKENS_ELSEWHERE, Shapes
+from peft_dpzero.estimation.shapes import (
+    LENGTHS_PER_OCTAVE,
+    LENGTHS_PER_OCTAVE_ELSEWHERE,
+    PASS_TOKENS,
+    PASS_TOKENS_ELSEWHERE,
+    Shapes,
+)
 from peft_dpzero.estimation.state import KeptState
 from peft_dpzero.estimation.tasks import FunctionTask, Task, TokenTask
 from peft_dpzero.perturbation.perturbation import Perturbation, Point
 
 logger = logging.getLogger(__name__)
+
+# A row's losses at each of its places (points, places), and what module calls put out for it there, (places, …) each.
+RowBits = tuple[Tensor, dict[Call, Tensor]]
 
 # Up to which lengths it is tried whether rows keep their bits.
 _LONGEST = 1024
@@ -88,6 +97,7 @@ class Probe:
             limit=positions_of(self.model),
             pad_token_id=self.data.pad,
             token_labels=self.task.token_labels,
+            lengths_per_octave=LENGTHS_PER_OCTAVE.get(self.data.device.type, LENGTHS_PER_OCTAVE_ELSEWHERE),
             pass_tokens=PASS_TOKENS.get(self.data.device.type, PASS_TOKENS_ELSEWHERE),
         )
         alone = self.data.alone(0)
@@ -151,7 +161,7 @@ class Probe:
         own = max(1, length - 1 - len(self.data.slots))
         row, *strangers = self.data.rows_of([own, *(1 + own * i // counts[-1] for i in range(counts[-1]))])
         alike: list[int] = []
-        reference: list[Tensor] = []
+        reference: RowBits | None = None
         for count in reversed(counts):
             places = [range(first, count, 2) for first in range(min(2, count))]
             companies = [[row if i in mine else strangers[i] for i in range(count)] for mine in places]
@@ -162,10 +172,10 @@ class Probe:
                 logger.info("Rows of %d tokens go one at a time: %s on made-up ones.", length, type(error).__name__)
                 return []
             reference = reference or rows[0]
-            if all(_same_bits(reference, one) for one in rows):
+            if all(_all_alike(reference, one) for one in rows):
                 alike.insert(0, count)
             elif not alike:
-                reference = []
+                reference = None
         return alike
 
     def _dependence(self, perturbation: Perturbation) -> Dependence | None:
@@ -264,35 +274,41 @@ def _bits(
     batches: Sequence[MicroBatch],
     places: Sequence[Sequence[int]],
     points: Sequence[Point],
-) -> list[list[Tensor]]:
-    """A row's losses (points,), and what modules put out for it: one list for each of its places in each batch."""
+) -> list[RowBits]:
+    """What a row gives in each batch."""
     count = len(batches[0]["input_ids"])
     values, outputs = [], []
     with perturbation.at(0, *points[0]), losses.at_one_point():
         for batch, where in zip(batches, places, strict=True):
             with watched(losses.model) as seen:
                 values.append(losses(batch)[None])
-            found = [output for output in seen.values() if output.ndim]
-            outputs += [[_of_row(output, place, count) for output in found] for place in where]
+            outputs.append({call: output[list(where)] for call, output in seen.items() if _has_rows(output, count)})
     together = points_together(losses, batches[0], perturbation)
     if together > 1 or losses.shortcuts.trunk is not None:
         # A whole stack of points, and what is left over after as many as there are.
         tried = points[: max(2, together) + len(points) % max(2, together)]
         values = losses_at(losses, batches, perturbation, 0, tried)
-    columns = [made[:, place] for made, where in zip(values, places, strict=True) for place in where]
-    return [[column, *states] for column, states in zip(columns, outputs, strict=True)]
+    columns = [made[:, list(where)] for made, where in zip(values, places, strict=True)]
+    return list(zip(columns, outputs, strict=True))
 
 
-def _of_row(output: Tensor, place: int, count: int) -> Tensor:
-    """What belongs to a row in a module's output; nothing of outputs that all rows share."""
-    return output[place] if len(output) == count else output.new_empty(0)
+def _has_rows(output: Tensor, count: int) -> bool:
+    """Whether a module's output lies row by row; what all rows share does not."""
+    return output.ndim > 0 and len(output) == count
 
 
-def _same_bits(ones: list[Tensor], others: list[Tensor]) -> bool:
-    """Whether losses are the same at the points that both have, and outputs where they are known for both."""
-    points = min(len(ones[0]), len(others[0]))
-    pairs = zip([ones[0][:points], *ones[1:]], [others[0][:points], *others[1:]], strict=True)
-    return all(one.numel() == 0 or other.numel() == 0 or torch.equal(one, other) for one, other in pairs)
+def _all_alike(reference: RowBits, found: RowBits) -> bool:
+    """Whether a row's losses, at the points that both have, and the outputs of the calls that both made are at each
+    place those at the reference's first."""
+    (wanted, wanted_outputs), (values, outputs) = reference, found
+    points = min(len(wanted), len(values))
+    if not bool((values[:points] == wanted[:points, :1]).all()):
+        return False
+    pairs = [(outputs[call], wanted_outputs[call][:1]) for call in outputs.keys() & wanted_outputs.keys()]
+    if any(one.shape[1:] != other.shape[1:] for one, other in pairs):
+        return False
+    # One answer for all: each would keep a GPU waiting.
+    return not pairs or bool(torch.stack([(one == other).all() for one, other in pairs]).all())
 
 
 def _apart(one: Tensor | None, other: Tensor | None, tolerance: float) -> bool:

@@ -18,8 +18,10 @@ from torch import Tensor
 from peft_dpzero.errors import DPZeroError
 
 IGNORE = -100
-# Padded lengths are multiples of this, and of an eighth of the next power of two.
+# Padded lengths are multiples of this, and so many to an octave: fewer where passes cost more than padding.
 SHORTEST_STEP = 4
+LENGTHS_PER_OCTAVE = {"cpu": 4}
+LENGTHS_PER_OCTAVE_ELSEWHERE = 2
 # What a pass costs besides its tokens, in tokens: estimates for small models.
 PASS_TOKENS = {"cpu": 64}
 PASS_TOKENS_ELSEWHERE = 2048
@@ -50,6 +52,7 @@ class Shapes:
         exact: whether a row that goes by itself is not padded.
         pad_token_id: what `input_ids` are padded with.
         token_labels: whether labels (l,) belong to tokens; None tells by their shape.
+        lengths_per_octave: padded lengths between a power of two and the next.
         pass_tokens: what a pass costs besides its tokens, in tokens.
     """
 
@@ -63,6 +66,7 @@ class Shapes:
     exact: bool = True
     pad_token_id: int = 0
     token_labels: bool | None = None
+    lengths_per_octave: int = LENGTHS_PER_OCTAVE["cpu"]
     pass_tokens: int = PASS_TOKENS["cpu"]
 
     def counts(self, length: int) -> Sequence[int]:
@@ -90,7 +94,7 @@ class Shapes:
         return [length for length in lengths if self.wanted_counts(length)[-1] > 1]
 
     def _bucket(self, tokens: int) -> int:
-        step = max(SHORTEST_STEP, (1 << tokens.bit_length()) // 8)
+        step = max(SHORTEST_STEP, (1 << tokens.bit_length()) // (2 * self.lengths_per_octave))
         padded = step * (tokens // step + 1)
         return padded if self.limit is None else max(tokens, min(padded, self.limit))
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -224,7 +225,7 @@ class DPZeroAdamW(DPZeroOptimizer):
         def update(part: slice, gradient: Tensor) -> None:
             mean[part].mul_(beta1).add_(gradient.mul(1 - beta1))
             square[part].mul_(beta2).add_(gradient.mul_(gradient).mul_(1 - beta2))
-            torch.div(mean[part], square[part].sqrt().add_(eps), out=gradient)
+            torch.div(mean[part], _root(square[part]).add_(eps), out=gradient)
             if shrink != 1:
                 value[part].mul_(shrink)
             add_shift(value[part], gradient.mul_(-scale), out=value[part])
@@ -255,6 +256,11 @@ def optimizer_of(settings: list[dict[str, Any]], perturbation: Perturbation) -> 
         for group in settings
     ]
     return kind(groups, lr=0.0)  # type: ignore[call-arg]
+
+
+def _root(square: Tensor) -> Tensor:
+    """√, rounded once, with the same bits on every machine: on CPUs torch's own is off by one at times."""
+    return torch.from_numpy(np.sqrt(square.numpy())) if square.device.type == "cpu" else square.sqrt()
 
 
 def _write_back(value: Tensor, parameter: Tensor) -> None:

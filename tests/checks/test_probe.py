@@ -12,6 +12,7 @@ from datasets import Dataset
 from peft_dpzero import DPZeroError, DPZeroTrainer, Task, TokenTask, Verbalizer, infer_task
 from peft_dpzero.checks.causes import check_batch_norm
 from peft_dpzero.checks.probe import Probe
+from peft_dpzero.estimation import tasks
 from peft_dpzero.estimation.shapes import Shapes
 from peft_dpzero.estimation.tasks import FunctionTask
 from peft_dpzero.perturbation.perturbation import Perturbation
@@ -160,6 +161,13 @@ def test_numbers_of_rows_that_round_in_another_way_are_not_used() -> None:
     counts = shared(with_module(Crowd()))[8]
     assert {4, 8, 16} <= set(counts)
     assert not {1, 5} & set(counts)
+
+
+def test_rows_whose_logits_are_made_in_pieces_share_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many pieces there are depends on how many rows."""
+    monkeypatch.setattr(tasks, "CHUNK_ENTRIES", 1 << 10)
+    together = shared(tiny_model("causal_lm").eval())
+    assert together[16] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16]
 
 
 def test_only_lengths_at_which_rows_reach_each_other_are_run_one_row_at_a_time() -> None:

@@ -232,3 +232,9 @@ def test_the_trainers_loader_carries_no_data() -> None:
     loader = step_loader(num_units=40, logical_batch_size=8)
     assert list(loader) == [{}] * 5
     assert (len(loader), len(loader.dataset)) == (5, 40)
+
+
+def test_rows_are_padded_to_fewer_lengths_where_passes_cost_more() -> None:
+    many, few = (replace(SHAPES, limit=None, lengths_per_octave=count) for count in (4, 2))
+    assert sorted({many.length(tokens) for tokens in range(64, 128)}) == [80, 96, 112, 128]
+    assert sorted({few.length(tokens) for tokens in range(64, 128)}) == [96, 128]

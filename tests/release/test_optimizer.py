@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft_dpzero import DPZeroAdamW, DPZeroOptimizer, DPZeroSGD, Estimate, Released
@@ -98,3 +100,17 @@ def test_small_updates_add_up_in_half_precision() -> None:
     torch.testing.assert_close(optimizer.state[model.weight]["master"].double(), 1 - total, rtol=1e-4, atol=1e-5)
     assert torch.equal(model.weight, optimizer.state[model.weight]["master"].bfloat16())
     assert not torch.equal(model.weight, torch.ones_like(model.weight))
+
+
+def test_adamw_rounds_each_operation_once() -> None:
+    """As NumPy's operations do, which are IEEE 754's on every machine: torch's root on a CPU is not."""
+    model = nn.Linear(300, 200, bias=False)
+    nn.init.zeros_(model.weight)
+    perturbation = Perturbation(model, seed=1)
+    optimizer = DPZeroAdamW(model.parameters(), lr=0.5, betas=(0.5, 0.625), eps=2.0**-20)
+    optimizer.step(Estimate(Released(0, (1,), (0.3,), 1.0), perturbation))
+    gradient = perturbation.directions.entry(0, 0, "weight").numpy() * np.float32(0.3)
+    root = np.sqrt(gradient * gradient * np.float32(0.375))
+    unbias = math.sqrt(0.375)
+    wanted = gradient * np.float32(0.5) / (root + np.float32(2.0**-20 * unbias)) * np.float32(-unbias)
+    np.testing.assert_array_equal(model.weight.detach().numpy(), wanted)

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from peft_dpzero import DPZeroConfig, DPZeroError, Task
 from peft_dpzero.checks.probe import Probe
 from peft_dpzero.estimation.batching import LogicalBatches
@@ -66,10 +68,12 @@ def prepared(
         DPZeroError: the model or the task is refused.
     """
     perturbation = Perturbation(model, CONFIG.direction_seed, CONFIG.direction_distribution)
-    probe = Probe(model, torch.device("cpu"), task)
+    device = next(model.parameters()).device
+    place = partial(send_to_device, device=device)
+    probe = Probe(model, device, task)
     shapes = probe.fit_shapes(perturbation, Shapes(EXPECTED_ROWS, micro_batch_size))
     probe.check_reach(perturbation)
-    losses = probe.losses(perturbation, dict) if shortcuts == "chosen" else Losses(model, task, dict)
+    losses = probe.losses(perturbation, place) if shortcuts == "chosen" else Losses(model, task, place)
     shapes = probe.tried_shapes(perturbation, losses, shapes, CONFIG)
 
     def run(rows: Sequence[Row]) -> Tensor:
