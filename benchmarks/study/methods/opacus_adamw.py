@@ -1,0 +1,117 @@
+"""DP-AdamW on LoRA by Opacus: its sampler, its per-example gradients by hooks, its PRV accountant at the study's δ.
+
+Its accountant's relation is add-or-remove-one, as ours. Noise and sampling are seeded by the operating system.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from opacus import PrivacyEngine
+from opacus.accountants.utils import get_noise_multiplier
+from opacus.utils.batch_memory_manager import BatchMemoryManager
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ..cells import DELTA
+from ..clock import Clock
+from ..mechanism import secret_generator
+from ..models import READ_TOGETHER, Row, Start
+from .base import Outcome
+from .gradients import own_gradients, row_gradients
+
+BATCH, PASSES_A_ROW = 256, 3
+
+
+def opacus_adamw(
+    start: Start,
+    clock: Clock,
+    epsilon: float | None,
+    seed: int,
+    folder: Path,
+    *,
+    learning_rate: float,
+    clipping_threshold: float,
+) -> Outcome:
+    assert epsilon is not None
+    warnings.filterwarnings("ignore")
+    batch = min(BATCH, start.size.batch)
+    rate = batch / len(start.train)
+    steps = clock.steps(PASSES_A_ROW * batch, lambda: _trial(start, batch))
+    sigma = get_noise_multiplier(
+        target_epsilon=epsilon, target_delta=DELTA, sample_rate=rate, steps=steps, accountant="prv"
+    )
+    start.model.train()
+    _without_dropout(start.model)
+    optimizer = torch.optim.AdamW(start.parameters.values(), lr=learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    engine = PrivacyEngine(accountant="prv")
+    loader: DataLoader[Row] = DataLoader(
+        start.train,  # type: ignore[arg-type]
+        batch_size=batch,
+        collate_fn=start.collate,
+        generator=secret_generator(),
+    )
+    module, private, loader = engine.make_private(
+        module=start.model,
+        optimizer=optimizer,
+        data_loader=loader,
+        noise_multiplier=sigma,
+        max_grad_norm=clipping_threshold,
+        noise_generator=secret_generator(),
+        loss_reduction="sum",
+    )
+    made = _trained(start, clock, module, private, loader, schedule, steps)
+    module.to_standard_module()
+    start.model.eval()
+    return Outcome(
+        made,
+        float(PASSES_A_ROW * batch * made),
+        {
+            "epsilon": engine.get_epsilon(DELTA) if made else 0.0,
+            "delta": DELTA,
+            "noise_multiplier": sigma,
+            "statement": "add or remove one row; Opacus's Poisson sampler and PRV accountant",
+        },
+        {
+            "learning_rate": learning_rate,
+            "batch": batch,
+            "planned_steps": steps,
+            "clipping_threshold": clipping_threshold,
+        },
+    )
+
+
+def _trained(start: Start, clock: Clock, module: Any, private: Any, loader: Any, schedule: Any, steps: int) -> int:
+    """Steps made until the budget is spent."""
+    made = 0
+    while True:
+        with BatchMemoryManager(
+            data_loader=loader, max_physical_batch_size=READ_TOGETHER, optimizer=private
+        ) as physical:
+            for batch in physical:
+                private.zero_grad()
+                start.losses(batch, module).sum().backward()
+                virtual = private._check_skip_next_step(pop_next=False)
+                private.step()
+                if virtual:
+                    continue
+                made += 1
+                schedule.step()
+                if made >= steps or clock.is_over:
+                    return made
+
+
+def _trial(start: Start, rows: int) -> None:
+    with own_gradients(start) as module:
+        for gradients in row_gradients(start, module, start.public[:rows], tuple(start.parameters)):
+            gradients.norm(dim=1)
+
+
+def _without_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
