@@ -11,7 +11,8 @@ from rich.console import Console
 
 from workloads import REVIEWS, ROOT
 
-from .grid import BUDGETS, EPSILONS, QUICK_GRID, Grid
+from .cells import QUICK
+from .grid import BUDGETS, EPSILONS, Grid, quick_cells
 from .methods import METHODS
 from .models import MODELS
 from .report import PAGE, write_report
@@ -27,9 +28,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="NAME")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["minilm"], metavar="NAME")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
-    parser.add_argument(
-        "--budgets", nargs="+", default=list(BUDGETS), metavar="BUDGET", help="such as 90s, 2m, 500000p"
-    )
+    parser.add_argument("--budgets", nargs="+", default=list(BUDGETS), metavar="B", help="such as 90s, 2m, 500000p")
     parser.add_argument("--epsilons", nargs="+", type=float, default=list(EPSILONS), metavar="E")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
@@ -44,13 +43,13 @@ def options() -> argparse.Namespace:
 def main() -> None:
     chosen, console = options(), Console()
     names = [field.name for field in dataclasses.fields(Grid) if hasattr(chosen, field.name)]
-    grid = QUICK_GRID if chosen.quick else Grid(**{name: tuple(getattr(chosen, name)) for name in names})
+    grid = Grid(**{name: tuple(getattr(chosen, name)) for name in names})
     folder = chosen.folder or ROOT / "runs" / ("study-quick" if chosen.quick else "study")
     threads = chosen.threads or max(1, (os.cpu_count() or 1) // chosen.jobs)
     failed = []
     if not chosen.report:
-        cells = grid.tuning_cells() if chosen.tune else grid.cells()
-        failed = run_all(cells, grid.size, folder, chosen.jobs, threads)
+        cells = quick_cells() if chosen.quick else grid.tuning_cells() if chosen.tune else grid.cells()
+        failed = run_all(cells, QUICK if chosen.quick else grid.size, folder, chosen.jobs, threads)
     page = folder / "study.md" if chosen.quick else PAGE
     if not chosen.tune:
         write_report(folder, page)

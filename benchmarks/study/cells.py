@@ -43,6 +43,7 @@ class Size:
         start_steps: steps of learning from label words and public text.
         basis: vectors of the public basis.
         batch: rows a step at most, for methods that name their batch.
+        move: λ of our methods; None measures it, which takes a while.
     """
 
     rows: int = 1_000_000
@@ -51,10 +52,11 @@ class Size:
     start_steps: int = 150
     basis: int = 256
     batch: int = 1_000_000
+    move: float | None = None
 
 
 FULL = Size()
-QUICK = Size(rows=1200, held_out=100, public=160, start_steps=3, basis=8, batch=4)
+QUICK = Size(rows=48, held_out=50, public=96, start_steps=2, basis=8, batch=8, move=1e-2)
 
 
 @dataclass(frozen=True)

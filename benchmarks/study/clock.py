@@ -21,11 +21,16 @@ class Clock:
     def __init__(self, budget: Budget | None) -> None:
         self.budget = budget
         self._start = time.monotonic()
+        self._stop: float | None = None
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
-        return time.monotonic() - self._start
+        """Since the start, until the last step."""
+        return (self._stop or time.monotonic()) - self._start
+
+    def stop(self) -> None:
+        """Training is over: what is saved or computed of it afterwards does not count."""
+        self._stop = self._stop or time.monotonic()
 
     @property
     def left(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -66,7 +67,11 @@ class Grid:
         ]
 
 
-QUICK_GRID = Grid(("movies",), budgets=("3s",), epsilons=(2.0,), seeds=(0,), size=QUICK)
+def quick_cells() -> list[Cell]:
+    """Every method on few passes, and those with a rule of their own for time for some seconds."""
+    once = Grid(("movies-stars",), budgets=("300p",), epsilons=(0.5,), seeds=(0,), size=QUICK)
+    timed = dataclasses.replace(once, tasks=("movies",), budgets=("8s",), methods=("adamw", "ours", "dpzero"))
+    return once.cells() + timed.cells()
 
 
 def settings_for(cell: Cell, folder: Path) -> tuple[dict[str, Any], str]:

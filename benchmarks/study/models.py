@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,16 @@ class Start:
         """What is trained."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of them."""
+        return {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def restore(self, weights: Mapping[str, Tensor]) -> None:
+        """Puts the parameters to `weights`."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(weights[name])
+
     @property
     def collate(self) -> Callable[[list[Row]], Batch]:
         return DataCollatorWithPadding(self.tokenizer)
@@ -112,12 +122,8 @@ def minilm(task: Task, data: Data, seed: int, size: Size, weights: Path) -> Star
         along = likeness(base.bert, tokenizer, (words["negative"], words["positive"]), start.public_text)
         labels = of_two_classes(along) if task.classes == 2 else of_ordered_classes(along, task.classes)
         learn_softly(model, tokenizer, start.public_text, labels, size.start_steps)
-        learned = {name: p.detach().clone() for name, p in start.parameters.items()}
-        atomically(weights, lambda path: save_file(learned, path))
-    saved = load_file(weights)
-    with torch.no_grad():
-        for name, parameter in start.parameters.items():
-            parameter.copy_(saved[name])
+        atomically(weights, lambda path: save_file(start.weights(), path))
+    start.restore(load_file(weights))
     return start
 
 

@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-
-mpl.use("svg")
-mpl.rcParams["svg.hashsalt"] = "peft_dpzero"
 from matplotlib import pyplot as plt
 
 from .methods import METHODS
@@ -32,6 +29,8 @@ def draw_all(groups: Groups, folder: Path) -> list[Path]:
 
 def draw(groups: Groups, path: Path) -> None:
     """Writes the four panels of one model and task."""
+    plt.switch_backend("svg")
+    mpl.rcParams["svg.hashsalt"] = "peft_dpzero"
     figure, panels = plt.subplots(1, 4, figsize=(15, 4), sharey=True)
     epsilons = {key.epsilon for key in groups if key.epsilon is not None}
     middle = min(epsilons, key=lambda epsilon: abs(epsilon - MIDDLE), default=None)

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 import traceback
 import warnings
 from importlib.metadata import version
@@ -23,6 +24,7 @@ from .cells import Cell, Size
 from .clock import Clock
 from .grid import settings_for
 from .methods import METHODS
+from .methods.base import DoesNotFit, Outcome
 from .models import started
 from .results import path_of, save
 
@@ -40,16 +42,22 @@ def run(cell: Cell, size: Size, folder: Path, threads: int) -> None:
     torch.manual_seed(cell.seed)
     loaded, peaks = resident_mib("VmRSS"), reset_peak()
     clock = Clock(cell.budget)
-    outcome = METHODS[cell.method].train(start, clock, cell.epsilon, cell.seed, own, **settings)
-    seconds = clock.seconds
+    cpu = time.process_time()
+    fits = True
+    try:
+        outcome = METHODS[cell.method].train(start, clock, cell.epsilon, cell.seed, own, **settings)
+    except DoesNotFit:
+        outcome, fits = Outcome(), False
+    seconds, cpu = clock.seconds, time.process_time() - cpu
     peak = resident_mib("VmHWM") if peaks else None
     result: dict[str, Any] = {
         "cell": cell.to_dict(),
-        "accuracy": start.accuracy(),
+        "accuracy": start.accuracy() if fits else None,
         "accuracy_before": before,
         "held_out": len(start.held_out),
         "rows": len(start.train),
         "seconds": round(seconds, 3),
+        "cpu_seconds": round(cpu, 3),
         "steps": outcome.steps,
         "passes": outcome.passes,
         "extra_mib": None if peak is None or loaded is None else round(peak - loaded, 1),

@@ -42,4 +42,5 @@ def adamw(start: Start, clock: Clock, epsilon: float | None, seed: int, folder: 
         passes += PASSES_A_ROW * len(chosen)
         if clock.is_over:
             break
+    clock.stop()
     return Outcome(made, passes, settings={"learning_rate": RATE, "batch": rows, "planned_steps": steps})

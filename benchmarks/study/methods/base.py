@@ -11,6 +11,10 @@ from ..clock import Clock
 from ..models import Start
 
 
+class DoesNotFit(Exception):
+    """The method cannot do anything sensible in this budget."""
+
+
 @dataclass
 class Outcome:
     """What a method did.

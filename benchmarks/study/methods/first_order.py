@@ -22,7 +22,7 @@ from .base import Outcome
 from .gradients import own_gradients, row_gradients
 from .loop import private_loop
 
-BATCH, PASSES_A_ROW, MEASURED_ROWS = 256, 3, 64
+BATCH, PASSES_A_ROW, MEASURED_ROWS = 256, 3, 32
 # As the package's rule: how much the noise in a run's updates may change a loss by its end.
 WANDERING = 0.3
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from opacus import GradSampleModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models import Row, Start
 
@@ -18,12 +18,21 @@ from ..models import Row, Start
 def own_gradients(start: Start) -> Iterator[Any]:
     """Within the block the yielded module gives each trainable parameter a `grad_sample` (b, …)."""
     warnings.filterwarnings("ignore", module="opacus")
-    start.model.train(start.model.training)
+    in_training_mode(start.model)
     module = GradSampleModule(start.model, loss_reduction="sum")
     try:
         yield module
     finally:
         module.to_standard_module()
+        start.model.eval()
+
+
+def in_training_mode(model: nn.Module) -> None:
+    """Hooks work in training mode only; dropout stays off, as for all methods."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
 
 
 def row_gradients(start: Start, module: Any, rows: list[Row], names: tuple[str, ...]) -> Iterator[Tensor]:

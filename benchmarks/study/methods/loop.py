@@ -61,5 +61,6 @@ def private_loop(
         reader.update(mechanism.release(vectors), first * (1 - (made - 1) / steps))
         if clock.is_over:
             break
+    clock.stop()
     settings = {"learning_rate": first, "batch": batch, "planned_steps": steps, "clipping_threshold": threshold}
     return Outcome(made, float(reader.passes_a_row * batch * made), mechanism.spent(made), settings)

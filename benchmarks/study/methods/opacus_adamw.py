@@ -13,7 +13,6 @@ import torch
 from opacus import PrivacyEngine
 from opacus.accountants.utils import get_noise_multiplier
 from opacus.utils.batch_memory_manager import BatchMemoryManager
-from torch import nn
 from torch.utils.data import DataLoader
 
 from ..cells import DELTA
@@ -21,7 +20,7 @@ from ..clock import Clock
 from ..mechanism import secret_generator
 from ..models import READ_TOGETHER, Row, Start
 from .base import Outcome
-from .gradients import own_gradients, row_gradients
+from .gradients import in_training_mode, own_gradients, row_gradients
 
 BATCH, PASSES_A_ROW = 256, 3
 
@@ -44,8 +43,7 @@ def opacus_adamw(
     sigma = get_noise_multiplier(
         target_epsilon=epsilon, target_delta=DELTA, sample_rate=rate, steps=steps, accountant="prv"
     )
-    start.model.train()
-    _without_dropout(start.model)
+    in_training_mode(start.model)
     optimizer = torch.optim.AdamW(start.parameters.values(), lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     engine = PrivacyEngine(accountant="prv")
@@ -65,6 +63,7 @@ def opacus_adamw(
         loss_reduction="sum",
     )
     made = _trained(start, clock, module, private, loader, schedule, steps)
+    clock.stop()
     module.to_standard_module()
     start.model.eval()
     return Outcome(
@@ -109,9 +108,3 @@ def _trial(start: Start, rows: int) -> None:
     with own_gradients(start) as module:
         for gradients in row_gradients(start, module, start.public[:rows], tuple(start.parameters)):
             gradients.norm(dim=1)
-
-
-def _without_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0

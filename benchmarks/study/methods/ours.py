@@ -1,7 +1,7 @@
 """`DPZeroTrainer`: with its defaults, without public text, without privacy, with K = 1 and as DP-AggZO.
 
-DP-AggZO clips an example's vector (d_1 … d_K) / K to c; ours is clipped before the division, so that C = K·c. Apart from
-that its step is ours with a fixed threshold and SGD, and it gets our passes, which are faster than those published.
+DP-AggZO clips an example's vector (d_1 … d_K) / K to c; ours is clipped before the division, so that C = K·c. Apart
+from that its step is ours with a fixed threshold and SGD, and it gets our passes, faster than those published.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft_dpzero import DPZeroConfig, DPZeroTrainer
+from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer
 from peft_dpzero.public.scales import Seconds
 from peft_dpzero.public.settings import choose_sizes, learning_rate
 from transformers import TrainerCallback, TrainingArguments
@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainingArguments
 from ..cells import DELTA
 from ..clock import Clock
 from ..models import LONGEST, Row, Start
-from .base import Outcome, Train
+from .base import DoesNotFit, Outcome, Train
 
 # As published, with its code: rows a step, and how far parameters are moved.
 PUBLISHED_ROWS, PUBLISHED_MOVE = 64, 1e-3
@@ -93,12 +93,13 @@ def _trainer(
 def _chosen(start: Start, clock: Clock, folder: Path, options: Mapping[str, Any], **config: Any) -> Outcome:
     """A run whose sizes are chosen for the budget."""
     settings = {"target_delta": DELTA, "max_length": LONGEST, "basis_size": start.size.basis} | config
+    settings["smoothing_parameter"] = start.size.move
     if math.isfinite(clock.left):
         made = DPZeroConfig(**settings, minutes=clock.left / 60)
         trainer = _trainer(start, start.train, folder, made, {}, callbacks=[Deadline(clock)], **options)
     else:
         trainer = _for_passes(start, clock, folder, options, DPZeroConfig(**settings))
-    return _finished(trainer)
+    return _finished(trainer, clock)
 
 
 def _for_passes(
@@ -106,7 +107,9 @@ def _for_passes(
 ) -> DPZeroTrainer:
     """Chooses sizes as for a time, where each pass of a row takes one unit of it and nothing else takes any."""
     assert clock.budget is not None
-    trainer = _trainer(start, start.train, folder, config, {}, **options)
+    noise = 1.0 if config.noise_multiplier is None else config.noise_multiplier
+    tried = config.replace(target_epsilon=None, noise_multiplier=noise)  # not calibrated for a run that is not made
+    trainer = _trainer(start, start.train, folder, tried, {}, **options)
     slopes = trainer.tune_on(minutes=60).slopes
     measured = config.replace(difference=slopes.difference, smoothing_parameter=slopes.smoothing_parameter)
     choice = choose_sizes(
@@ -154,7 +157,7 @@ def _published(
 
     steps = _steps(start, clock, folder, config, sized, rows)
     arguments = sized(rows) | {"max_steps": steps}
-    return _finished(_trainer(start, start.train, folder, config, arguments, callbacks=[Deadline(clock)]))
+    return _finished(_trainer(start, start.train, folder, config, arguments, callbacks=[Deadline(clock)]), clock)
 
 
 class _Timed(TrainerCallback):
@@ -171,20 +174,23 @@ def _steps(start: Start, clock: Clock, folder: Path, config: DPZeroConfig, sized
     passes = 2 * config.known_directions * rows
     if not math.isfinite(clock.left):
         return max(1, int(clock.budget.amount / passes))
-    before = {name: p.detach().clone() for name, p in start.parameters.items()}
+    before = start.weights()
     few, timed = max(1, round(TRIED * rows)), _Timed()
     public = start.public[: 8 * few]
     tried = config.replace(target_epsilon=None, noise_multiplier=1.0, target_delta=DELTA)
     trial = _trainer(start, public, folder / "trial", tried, sized(few) | {"max_steps": 2}, callbacks=[timed])
     trial.train()
-    for name, parameter in start.parameters.items():
-        parameter.data.copy_(before[name])
+    start.restore(before)
     once = (timed.moments[1] - timed.moments[0]) * rows / few
     return max(1, int(clock.left / once))
 
 
-def _finished(trainer: DPZeroTrainer) -> Outcome:
-    trainer.train()
+def _finished(trainer: DPZeroTrainer, clock: Clock) -> Outcome:
+    try:
+        trainer.train()
+    except DPZeroError as error:
+        raise DoesNotFit(str(error)) if "left of `minutes`" in str(error) else error from None
+    clock.stop()
     trainer.save_model()
     run, steps = trainer.run, trainer.state.global_step
     config, record = run.config, trainer.privacy_record()

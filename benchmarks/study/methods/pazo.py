@@ -20,7 +20,7 @@ from .base import Outcome
 from .loop import private_loop
 from .ours import PUBLISHED_MOVE, PUBLISHED_ROWS
 
-PUBLIC_ROWS, MEASURED_ROWS = 16, 64
+PUBLIC_ROWS, MEASURED_ROWS = 16, 32
 
 
 def pazo(

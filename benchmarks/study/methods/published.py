@@ -28,7 +28,7 @@ from .ours import PUBLISHED_MOVE, PUBLISHED_ROWS
 
 PASSES_A_ROW = 2
 # Public rows and directions that the threshold is measured on.
-MEASURED_ROWS, MEASURED_DIRECTIONS = 64, 4
+MEASURED_ROWS, MEASURED_DIRECTIONS = 32, 4
 
 
 def published(
@@ -41,10 +41,9 @@ def published(
     step.lr = learning_rate
     step.clipping_threshold = usual_difference(step, start.public[:MEASURED_ROWS])
     epoch = len(start.train) // rows  # the rest of an epoch would get too little noise
-    before = {name: p.detach().clone() for name, p in start.parameters.items()}
+    before = start.weights()
     steps = clock.steps(PASSES_A_ROW * rows, lambda: step(0, start.public[:rows]))
-    for name, parameter in start.parameters.items():
-        parameter.data = before[name]
+    start.restore(before)
     step.noise = published_noise_multiplier(epsilon, rows / len(start.train), steps)
 
     random = np.random.RandomState(seed)
@@ -55,6 +54,7 @@ def published(
         step(made - 1, [start.train[i] for i in chosen])
         if clock.is_over:
             break
+    clock.stop()
     return Outcome(
         made,
         float(PASSES_A_ROW * rows * made),
