@@ -48,7 +48,8 @@ def main() -> None:
     threads = chosen.threads or max(1, (os.cpu_count() or 1) // chosen.jobs)
     failed = []
     if not chosen.report:
-        cells = quick_cells() if chosen.quick else grid.tuning_cells() if chosen.tune else grid.cells()
+        quick = [cell for cell in quick_cells() if cell.method in chosen.methods]
+        cells = quick if chosen.quick else grid.tuning_cells() if chosen.tune else grid.cells()
         failed = run_all(cells, QUICK if chosen.quick else grid.size, folder, chosen.jobs, threads)
     page = folder / "study.md" if chosen.quick else PAGE
     if not chosen.tune:

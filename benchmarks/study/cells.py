@@ -56,7 +56,7 @@ class Size:
 
 
 FULL = Size()
-QUICK = Size(rows=48, held_out=50, public=96, start_steps=2, basis=8, batch=8, move=1e-2)
+QUICK = Size(rows=48, held_out=30, public=48, start_steps=2, basis=8, batch=8, move=1e-2)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from .summary import Groups, grouped, spread
 PAGE = ROOT / "docs" / "study.md"
 MARK = "study"
 NOTHING = "Nothing has been run yet."
+RECOMPUTED = {
+    "epsilon_if_secret": "ε, if its noise were secret",
+    "epsilon_if_secret_and_poisson": "ε, if batches were Poisson samples too",
+}
 
 
 def write_report(folder: Path, page: Path) -> None:
@@ -50,6 +55,8 @@ def rendered(groups: Groups, pictures: Sequence[Path] = ()) -> str:
         of_task = {key: results for key, results in groups.items() if (key.model, key.task) == (model, task)}
         for budget in sorted({key.budget for key in of_task if key.budget is not None}):
             parts += [f"**{words(budget)}**", budget_table(of_task, budget)]
+    if any(key.method == "published" for key in groups):
+        parts += ["### What the published noise proves", recomputed(groups)]
     return "\n\n".join(parts)
 
 
@@ -58,12 +65,17 @@ def ran(groups: Groups) -> str:
     if not groups:
         return NOTHING
     number = sum(map(len, groups.values()))
+    every = [result for results in groups.values() for result in results]
     seeds = sorted({len(results) for results in groups.values()})
-    machines = sorted({_machine(result) for results in groups.values() for result in results})
-    held_out = sorted({result["held_out"] for results in groups.values() for result in results})
+    machines = sorted({_machine(result) for result in every})
+    held_out = sorted({result["held_out"] for result in every})
+    timed = [result for result in every if result["seconds"]]
+    share = statistics.median([r["cpu_seconds"] / (r["seconds"] * r["machine"]["threads"]) for r in timed] or [0.0])
     return (
-        f"{number} runs, {_from_to(seeds)} seeds each, on {' and '.join(machines)}; accuracy on "
-        f"{_from_to(held_out)} held-out rows."
+        f"{number} runs with {_from_to(seeds)} seeds each, of {' and '.join(machines)}; accuracy in per cent of "
+        f"{_from_to(held_out)} held-out rows: mean ± standard deviation (seeds). The median run used {share:.0%} of the "
+        "time of the cores it was promised: where that is well below 100 %, the machine was busy with other things and "
+        "wall clocks are not equal."
     )
 
 
@@ -95,8 +107,21 @@ def words(budget: Budget) -> str:
 
 
 def _accuracy(results: list[Result] | None) -> str:
-    found = spread(results, "accuracy") if results else None
-    return "–" if found is None else found.shown(100)
+    if results is None:
+        return "–"
+    found = spread(results, "accuracy")
+    return "does not fit" if found is None else found.shown(100)
+
+
+def recomputed(groups: Groups) -> str:
+    """What the published recipe's noise proves, by budget and claimed ε."""
+    rows = []
+    for key, results in groups.items():
+        if key.method == "published" and key.budget is not None:
+            found = [spread(results, lambda result, name=name: result["privacy"][name]) for name in RECOMPUTED]
+            shown = ["–" if one is None else one.shown(digits=2) for one in found]
+            rows.append([f"{key.model}, {key.task}", words(key.budget), f"{key.epsilon:g}", *shown])
+    return tables.table(["", "budget", "ε claimed", *RECOMPUTED.values()], rows)
 
 
 def _machine(result: Result) -> str:

@@ -6,6 +6,7 @@ Its accountant's relation is add-or-remove-one, as ours. Noise and sampling are 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +94,23 @@ def _trained(start: Start, clock: Clock, module: Any, private: Any, loader: Any,
         ) as physical:
             for batch in physical:
                 private.zero_grad()
-                start.losses(batch, module).sum().backward()
-                virtual = private._check_skip_next_step(pop_next=False)
+                _differentiate(start, module, batch)
                 private.step()
-                if virtual:
+                if private._is_last_step_skipped:  # a part of a logical batch
                     continue
                 made += 1
                 schedule.step()
                 if made >= steps or clock.is_over:
                     return made
+
+
+def _differentiate(start: Start, module: Any, batch: Any) -> None:
+    """Gives parameters their rows' gradients; of an empty batch none, so that the step is noise alone."""
+    if isinstance(batch, Mapping) and len(batch["labels"]):
+        start.losses(batch, module).sum().backward()
+        return
+    for parameter in start.parameters.values():
+        parameter.grad_sample = parameter.new_zeros(0, *parameter.shape)
 
 
 def _trial(start: Start, rows: int) -> None:
