@@ -19,6 +19,9 @@ from .report import PAGE, write_report
 from .runner import run_all
 from .tasks import TASKS
 
+# What is in the first is reported in docs/study.md.
+FOLDER, QUICK_FOLDER = ROOT / "runs" / "study", ROOT / "runs" / "study-quick"
+
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m study", description=__doc__)
@@ -33,7 +36,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--threads", type=int, help="of each run; by default the cores over the jobs")
-    parser.add_argument("--folder", type=Path, help="for results, records and journals; runs/study by default")
+    parser.add_argument("--folder", type=Path, help="for results, records, journals and a report of them")
     chosen = parser.parse_args()
     if not REVIEWS.exists():
         parser.error(f"{REVIEWS.relative_to(ROOT)} is missing: make study fetches it.")
@@ -44,14 +47,14 @@ def main() -> None:
     chosen, console = options(), Console()
     names = [field.name for field in dataclasses.fields(Grid) if hasattr(chosen, field.name)]
     grid = Grid(**{name: tuple(getattr(chosen, name)) for name in names})
-    folder = chosen.folder or ROOT / "runs" / ("study-quick" if chosen.quick else "study")
+    folder = (chosen.folder or (QUICK_FOLDER if chosen.quick else FOLDER)).resolve()
     threads = chosen.threads or max(1, (os.cpu_count() or 1) // chosen.jobs)
     failed = []
     if not chosen.report:
         quick = [cell for cell in quick_cells() if cell.method in chosen.methods]
         cells = quick if chosen.quick else grid.tuning_cells() if chosen.tune else grid.cells()
         failed = run_all(cells, QUICK if chosen.quick else grid.size, folder, chosen.jobs, threads)
-    page = folder / "study.md" if chosen.quick else PAGE
+    page = PAGE if folder == FOLDER else folder / "study.md"
     if not chosen.tune:
         write_report(folder, page)
         console.print(f"Report: {page}")

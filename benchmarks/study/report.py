@@ -73,9 +73,9 @@ def ran(groups: Groups) -> str:
     share = statistics.median([r["cpu_seconds"] / (r["seconds"] * r["machine"]["threads"]) for r in timed] or [0.0])
     return (
         f"{number} runs with {_from_to(seeds)} seeds each, of {' and '.join(machines)}; accuracy in per cent of "
-        f"{_from_to(held_out)} held-out rows: mean ± standard deviation (seeds). The median run used {share:.0%} of the "
-        "time of the cores it was promised: where that is well below 100 %, the machine was busy with other things and "
-        "wall clocks are not equal."
+        f"{_from_to(held_out)} held-out rows: mean ± standard deviation (seeds). The median run used {share:.0%} of "
+        "the time of the cores it was promised: where that is well below 100 %, the machine was busy with other things "
+        "and wall clocks are not equal."
     )
 
 

@@ -11,7 +11,8 @@ from .pazo import pazo
 from .published import published
 from .zero_shot import zero_shot
 
-_SGD_RATES = tuple({"learning_rate": rate} for rate in (1e-2, 1e-3, 1e-4))
+_ONE_DIRECTION = tuple({"learning_rate": rate} for rate in (1e-4, 1e-3, 1e-5))
+_MANY_DIRECTIONS = tuple({"learning_rate": rate} for rate in (1e-3, 1e-4, 1e-2))
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -21,9 +22,9 @@ METHODS: dict[str, Method] = {
         Method("zo", "zeroth-order, without privacy", ours_without_privacy, private=False),
         Method("ours", "peft_dpzero, defaults, public text", ours),
         Method("ours-no-public", "peft_dpzero, defaults, no public text", ours_without_public),
-        Method("dpzero", "DPZero (K = 1), our accountant", dpzero, grid=_SGD_RATES),
-        Method("published", "DPZero's published step and noise", published, grid=_SGD_RATES),
-        *(Method(f"aggzo-{k}", f"DP-AggZO, K = {k}", aggzo(k), grid=_SGD_RATES) for k in (16, 64, 256)),
+        Method("dpzero", "DPZero (K = 1), our accountant", dpzero, grid=_ONE_DIRECTION),
+        Method("published", "DPZero's published step and noise", published, grid=_ONE_DIRECTION),
+        *(Method(f"aggzo-{k}", f"DP-AggZO, K = {k}", aggzo(k), grid=_MANY_DIRECTIONS) for k in (16, 64, 256)),
         Method(
             "pazo-p",
             "PAZO-P",
