@@ -82,7 +82,7 @@ def _panel(axes: Any, groups: Groups, place: Place, label: str, log: bool = Fals
             points.sort(key=lambda point: point[0])
             heights = [100 * found.mean for _, found in points]
             bars = [100 * (found.deviation or 0.0) for _, found in points]
-            axes.errorbar([x for x, _ in points], heights, bars, label=method.title, **_style(number))
+            axes.errorbar([x for x, _ in points], heights, bars, label=method.title, **_style(number, name))
     if log and axes.lines:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
@@ -96,15 +96,15 @@ def _levels(axes: Any, groups: Groups, budget: Any) -> None:
         for key, results in groups.items():
             found = spread(results, "accuracy")
             if key.method == name and key.budget in (budget, None) and found is not None:
-                style = _style(number)
+                style = _style(number, name)
                 axes.axhline(100 * found.mean, color=style["color"], linestyle=":", linewidth=1, label=method.title)
 
 
-def _style(number: int) -> dict[str, Any]:
+def _style(number: int, name: str) -> dict[str, Any]:
     return {
         "color": plt.get_cmap("tab20")(number),
         "marker": "osD^vP*X"[number % 8],
         "markersize": 4,
-        "linewidth": 1,
+        "linewidth": 2.5 if name == "ours" else 1,
         "capsize": 2,
     }

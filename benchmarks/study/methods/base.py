@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
-
-from ..clock import Clock
-from ..models import Start
+from typing import Any
 
 
 class DoesNotFit(Exception):
@@ -32,22 +28,10 @@ class Outcome:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-class Train(Protocol):
-    """Trains `start.model` in place."""
-
-    def __call__(
-        self, start: Start, clock: Clock, epsilon: float | None, seed: int, folder: Path, **settings: Any
-    ) -> Outcome:
-        """Trains.
-
-        Args:
-            start: model and rows.
-            clock: runs already.
-            epsilon: None without privacy.
-            seed: of what need not be secret.
-            folder: for what the method leaves besides the model; it does not exist yet.
-            settings: one of the method's grid.
-        """
+# (start, clock, epsilon, seed, folder, **settings) → what was done: trains `start.model` in place.
+#   start: model and rows. clock: runs already. epsilon: None without privacy. seed: of what need not be secret.
+#   folder: for what the method leaves besides the model; it does not exist yet. settings: one of the method's grid.
+Train = Callable[..., Outcome]
 
 
 @dataclass(frozen=True)
