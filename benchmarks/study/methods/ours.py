@@ -94,12 +94,15 @@ def _chosen(start: Start, clock: Clock, folder: Path, options: Mapping[str, Any]
     """A run whose sizes are chosen for the budget."""
     settings = {"target_delta": DELTA, "max_length": LONGEST, "basis_size": start.size.basis} | config
     settings["smoothing_parameter"] = start.size.move
-    if math.isfinite(clock.left):
-        made = DPZeroConfig(**settings, minutes=clock.left / 60)
-        trainer = _trainer(start, start.train, folder, made, {}, callbacks=[Deadline(clock)], **options)
-    else:
-        trainer = _for_passes(start, clock, folder, options, DPZeroConfig(**settings))
-    return _finished(trainer, clock)
+    try:
+        if math.isfinite(clock.left):
+            made = DPZeroConfig(**settings, minutes=clock.left / 60)
+            trainer = _trainer(start, start.train, folder, made, {}, callbacks=[Deadline(clock)], **options)
+        else:
+            trainer = _for_passes(start, clock, folder, options, DPZeroConfig(**settings))
+        return _finished(trainer, clock)
+    except DPZeroError as error:
+        raise DoesNotFit(str(error)) if "left of `minutes`" in str(error) else error from None
 
 
 def _for_passes(
@@ -186,10 +189,7 @@ def _steps(start: Start, clock: Clock, folder: Path, config: DPZeroConfig, sized
 
 
 def _finished(trainer: DPZeroTrainer, clock: Clock) -> Outcome:
-    try:
-        trainer.train()
-    except DPZeroError as error:
-        raise DoesNotFit(str(error)) if "left of `minutes`" in str(error) else error from None
+    trainer.train()
     clock.stop()
     trainer.save_model()
     run, steps = trainer.run, trainer.state.global_step
