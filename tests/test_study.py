@@ -30,6 +30,7 @@ from study.clock import Clock
 from study.grid import Grid, quick_cells, settings_for
 from study.mechanism import PoissonGaussian, clipped, published_noise_multiplier
 from study.methods import METHODS
+from study.methods.base import DoesNotFit
 from study.methods.first_order import CoordinateGradients
 from study.methods.gradients import own_gradients
 from study.methods.pazo import PublicGradients
@@ -192,6 +193,12 @@ def test_time_plans_steps_and_ends_runs(start: Start, tmp_path: Path) -> None:
     outcome = METHODS["dpzero"].train(start, Clock(Budget.of("1s")), EPSILON, 0, tmp_path / "run", learning_rate=1e-3)
     assert 1 <= outcome.steps <= outcome.settings["planned_steps"]
     assert outcome.privacy["epsilon"] <= EPSILON
+
+
+@pytest.mark.parametrize("budget", ["0.001s", "20p"])
+def test_ours_says_so_where_nothing_fits(budget: str, start: Start, tmp_path: Path) -> None:
+    with pytest.raises(DoesNotFit):
+        METHODS["ours"].train(start, Clock(Budget.of(budget)), EPSILON, 0, tmp_path / "run")
 
 
 def test_opacus_counts_logical_batches(start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -129,7 +129,8 @@ def minilm(task: Task, data: Data, seed: int, size: Size, weights: Path) -> Star
 
 def of_ordered_classes(likeness: Tensor, classes: int) -> Tensor:
     """Soft labels of a scale of which a like share of texts has each class: (n, classes)."""
-    places = likeness.argsort().argsort().double() / len(likeness) * classes - 0.5  # [n], from −½ to classes − ½
+    ranks = likeness.argsort().argsort().double() + 0.5
+    places = ranks / len(likeness) * classes - 0.5  # [n], from −½ to classes − ½
     apart = (places[:, None] - torch.arange(classes)) / BLUR
     return torch.softmax(-apart.square() / 2, dim=1).float()
 
