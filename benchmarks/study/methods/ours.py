@@ -113,7 +113,7 @@ def _for_passes(
     noise = 1.0 if config.noise_multiplier is None else config.noise_multiplier
     tried = config.replace(target_epsilon=None, noise_multiplier=noise)  # not calibrated for a run that is not made
     trainer = _trainer(start, start.train, folder, tried, {}, **options)
-    slopes = trainer.tune_on(minutes=60).slopes
+    slopes = trainer.tune_on(minutes=5).slopes  # a time in which anything fits
     measured = config.replace(difference=slopes.difference, smoothing_parameter=slopes.smoothing_parameter)
     choice = choose_sizes(
         measured,
