@@ -58,7 +58,7 @@ class PublicGradients:
         """Draws G and u: the direction Gu is (d,)."""
         columns = []
         for _ in range(self.public_batches):
-            chosen = self.order.choice(len(self.start.public), PUBLIC_ROWS)
+            chosen = self.order.choice(len(self.start.public), min(PUBLIC_ROWS, self.start.size.batch))
             batch = self.start.collate([dict(self.start.public[i]) for i in chosen])
             loss = self.start.losses(batch).mean()
             made = torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
