@@ -37,13 +37,38 @@ def learn_from_words(
         texts: public; half are taken to be of each class.
         steps: of the optimizer.
     """
+    learn_softly(model, tokenizer, texts, of_two_classes(likeness(encoder, tokenizer, words, texts)))
+
+
+def likeness(
+    encoder: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    words: tuple[Sequence[str], Sequence[str]],
+    texts: Sequence[str],
+) -> Tensor:
+    """How much nearer each text is to the second words than to the first: (n,), with median 0 and deviation 1."""
     negative, positive = (
         embed(encoder, tokenizer, [template.format(word) for word in some for template in TEMPLATES]).mean(dim=0)
         for some in words
     )
     along = embed(encoder, tokenizer, texts) @ (positive - negative)
-    odds = SHARPNESS * (along - along.median()) / along.std()
-    labels = torch.stack([torch.sigmoid(-odds), torch.sigmoid(odds)], dim=1)
+    return (along - along.median()) / along.std()
+
+
+def of_two_classes(likeness: Tensor) -> Tensor:
+    """Soft labels: (n, 2)."""
+    odds = SHARPNESS * likeness
+    return torch.stack([torch.sigmoid(-odds), torch.sigmoid(odds)], dim=1)
+
+
+def learn_softly(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    labels: Tensor,
+    steps: int = STEPS,
+) -> None:
+    """Trains the trainable parameters of `model` on `texts` with soft `labels` (n, classes)."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     generator = torch.Generator().manual_seed(0)

@@ -1,0 +1,48 @@
+"""The methods, each a function from a start, a budget and an ε to what became of the model."""
+
+from __future__ import annotations
+
+from .adamw import adamw
+from .base import Method
+from .first_order import first_order_in_basis
+from .opacus_adamw import opacus_adamw
+from .ours import aggzo, dpzero, ours, ours_without_privacy, ours_without_public
+from .pazo import pazo
+from .published import published
+from .zero_shot import zero_shot
+
+_ONE_DIRECTION = tuple({"learning_rate": rate} for rate in (1e-4, 1e-3, 1e-5))
+_MANY_DIRECTIONS = tuple({"learning_rate": rate} for rate in (1e-3, 1e-4, 1e-2))
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("zero-shot", "zero-shot (the start)", zero_shot, private=False, trains=False),
+        Method("adamw", "AdamW, LoRA, without privacy", adamw, private=False),
+        Method("zo", "zeroth-order, without privacy", ours_without_privacy, private=False),
+        Method("ours", "peft_dpzero, defaults, public text", ours),
+        Method("ours-no-public", "peft_dpzero, defaults, no public text", ours_without_public),
+        Method("dpzero", "DPZero (K = 1), our accountant", dpzero, grid=_ONE_DIRECTION),
+        Method("published", "DPZero's published step and noise", published, grid=_ONE_DIRECTION),
+        *(Method(f"aggzo-{k}", f"DP-AggZO, K = {k}", aggzo(k), grid=_MANY_DIRECTIONS) for k in (16, 64, 256)),
+        Method(
+            "pazo-p",
+            "PAZO-P",
+            pazo,
+            grid=tuple(
+                {"learning_rate": rate, "public_batches": count} for rate in (1e-1, 1e-2, 1.0) for count in (3, 6, 10)
+            ),
+        ),
+        Method("first-order-basis", "first-order DP in our public basis", first_order_in_basis),
+        Method(
+            "opacus",
+            "Opacus, DP-AdamW, LoRA",
+            opacus_adamw,
+            grid=tuple(
+                {"learning_rate": rate, "clipping_threshold": c} for c in (0.1, 1.0) for rate in (1e-3, 5e-4, 2e-3)
+            ),
+        ),
+    )
+}
+
+__all__ = ["METHODS", "Method"]

