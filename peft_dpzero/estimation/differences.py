@@ -14,8 +14,8 @@ from peft_dpzero.estimation.losses import Losses, MicroBatch
 from peft_dpzero.mechanism.private_sum import PrivateDifferences
 from peft_dpzero.perturbation.perturbation import Perturbation, Point
 
-# Parameters at stacked points are kept for a step's micro-batches while they are this many entries (64 MiB of float32).
-KEPT_ENTRIES_IN_STACKS = 1 << 24
+# Parameters at stacked points are kept for a step's micro-batches while they are so few entries (128 MiB of float32).
+KEPT_ENTRIES_IN_STACKS = 1 << 25
 
 
 def estimate_differences(

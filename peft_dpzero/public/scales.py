@@ -25,6 +25,8 @@ _MOVES = tuple(10.0 ** (power / 2) for power in range(-8, 1))
 # Rows and points of the passes that are timed.
 _TIMED_ROWS = 16
 _FEW_POINTS, _MANY_POINTS = 2, 18
+# So many times as long as copies of a usual row take those of a step: of many lengths, padded, few of each (measured).
+_UNEVEN = 1.6
 # One-sided slopes may be off by this share of their size: the error they add to an estimate is its square.
 _BENT = 0.1
 
@@ -137,7 +139,7 @@ def _slopes(
 
 
 def measure_seconds(losses: Losses, row: MicroBatch, perturbation: Perturbation, move: float) -> Seconds:
-    """Times passes over copies of `row` at few points and at many.
+    """Times passes over copies of `row` at few points and at many, and tells from them what a step's rows take.
 
     Args:
         losses: of the model.
@@ -155,4 +157,4 @@ def measure_seconds(losses: Losses, row: MicroBatch, perturbation: Perturbation,
     seconds(_FEW_POINTS)
     few, many = seconds(_FEW_POINTS), seconds(_MANY_POINTS)
     point = max(many - few, 1e-6) / (_TIMED_ROWS * (_MANY_POINTS - _FEW_POINTS))
-    return Seconds(max(few / _TIMED_ROWS - _FEW_POINTS * point, 0.0), point)
+    return Seconds(_UNEVEN * max(few / _TIMED_ROWS - _FEW_POINTS * point, 0.0), _UNEVEN * point)

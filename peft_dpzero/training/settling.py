@@ -42,6 +42,8 @@ _LONGEST = 64
 _PARTS = (0.25, 0.5, 0.5, 0.75)
 # What steps take besides what was timed, and what is left for saving.
 _RESERVE = 1.1
+# The part of the time in which it is tried which rows may share a pass.
+_TRYING = 0.2
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ def find_settings(
             seconds,
             num_units=sizes.num_units,
             entries=perturbation.num_coordinates,
-            budget=(sizes.deadline - time.monotonic()) / _RESERVE,
+            budget=(1 - _TRYING) * (sizes.deadline - time.monotonic()) / _RESERVE,
             processes=sizes.processes,
             batch=batch,
             steps=steps,
