@@ -43,7 +43,11 @@ def trained(folder: Path, template: str | dict[str, str]) -> DPZeroTrainer:
     """Two steps from a base that `org/base` names from within `folder`, with a checkpoint after each."""
     tokenizer, base = word_tokenizer(), folder / "org" / "base"
     tokenizer.chat_template = template
-    tiny_model("causal_lm").save_pretrained(base)
+    model = tiny_model("causal_lm")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.config, name, getattr(tokenizer, name))
+        setattr(model.generation_config, name, getattr(tokenizer, name))
+    model.save_pretrained(base)
     tokenizer.save_pretrained(base)
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = get_peft_model(
