@@ -37,7 +37,7 @@ def learn_from_words(
         texts: public; half are taken to be of each class.
         steps: of the optimizer.
     """
-    learn_softly(model, tokenizer, texts, of_two_classes(likeness(encoder, tokenizer, words, texts)))
+    learn_softly(model, tokenizer, texts, of_two_classes(likeness(encoder, tokenizer, words, texts)), steps)
 
 
 def likeness(
