@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from plot import COLOURS
+from plot import grouped_bars
 from tables import insert, table
 from workloads import ROOT
 
@@ -67,15 +67,7 @@ def _memory(run: dict[str, Any], workload: dict[str, Any]) -> dict[str, float]:
 
 
 def _bars(axes: Any, groups: list[tuple[str, dict[str, float]]], label: str, title: str) -> None:
-    seen: set[str] = set()
-    for x, (_, bars) in enumerate(groups):
-        width = 0.8 / 3
-        for i, (name, height) in enumerate(bars.items()):
-            left = x + (i - (len(bars) - 1) / 2) * width
-            colour = COLOURS.get(name, "#bdbdbd")
-            axes.bar(left, height, width, color=colour, label=None if name in seen else name)
-            axes.annotate(f"{height:.2g}", (left, height), ha="center", va="bottom", fontsize=7)
-            seen.add(name)
+    grouped_bars(axes, [bars for _, bars in groups], most=3)
     axes.set_xticks(range(len(groups)), [name for name, _ in groups], fontsize=8)
     axes.set_ylabel(label)
     axes.set_title(title, fontsize=10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +41,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 def _times(axes: Any, sections: dict[str, Any]) -> None:
     groups = [(title, sections[name]["k1"]) for name, title in GROUPS.items() if name in sections]
-    seen: set[str] = set()
-    for x, (_, run) in enumerate(groups):
-        floor = run["seconds"][f"floor {run['floor_layout']}"]["median"]
-        bars = {name: run["seconds"][name]["median"] / floor for name in COLOURS if name in run["seconds"]}
-        bars = {"floor": 1.0} | bars
-        width = 0.8 / len(bars)
-        for i, (name, height) in enumerate(bars.items()):
-            left = x + (i - (len(bars) - 1) / 2) * width
-            axes.bar(left, height, width, color=COLOURS[name], label=None if name in seen else name)
-            axes.annotate(f"{height:.2g}", (left, height), ha="center", va="bottom", fontsize=7)
-            seen.add(name)
+    grouped_bars(axes, [_over_floor(run) for _, run in groups])
     axes.set_xticks(range(len(groups)), [title for title, _ in groups])
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
@@ -60,6 +51,24 @@ def _times(axes: Any, sections: dict[str, Any]) -> None:
     if groups:
         axes.legend(fontsize=7, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _over_floor(run: dict[str, Any]) -> dict[str, float]:
+    floor = run["seconds"][f"floor {run['floor_layout']}"]["median"]
+    return {"floor": 1.0} | {n: run["seconds"][n]["median"] / floor for n in COLOURS if n in run["seconds"]}
+
+
+def grouped_bars(axes: Any, groups: Sequence[Mapping[str, float]], most: int | None = None) -> None:
+    """Bars of each group side by side, named once, with their heights; wide as if there were `most` in a group."""
+    seen: set[str] = set()
+    for x, bars in enumerate(groups):
+        width = 0.8 / (most or len(bars))
+        for i, (name, height) in enumerate(bars.items()):
+            left = x + (i - (len(bars) - 1) / 2) * width
+            colour = COLOURS.get(name, "#bdbdbd")
+            axes.bar(left, height, width, color=colour, label=None if name in seen else name)
+            axes.annotate(f"{height:.2g}", (left, height), ha="center", va="bottom", fontsize=7)
+            seen.add(name)
 
 
 def _memory(axes: Any, measured: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -277,17 +276,16 @@ def _bits(
     points: Sequence[Point],
 ) -> list[RowBits]:
     """What a row gives in each batch."""
-    together, trunk = points_together(losses, batches[0], perturbation), losses.shortcuts.trunk
+    together = points_together(losses, batches[0], perturbation)
     # A whole stack of points, and what is left over after as many as there are.
     tried = points[: max(2, together) + len(points) % max(2, together)]
     found: list[RowBits] = []
     for batch, where in zip(batches, places, strict=True):
-        with trunk.shared() if trunk else nullcontext() as restart:
+        with losses.over_one_micro_batch() as restart:
             with perturbation.at(0, *points[0]), losses.at_one_point(), watched(losses.model) as seen:
                 values = losses(batch)[None]
-            if restart is not None:
-                restart()
-            if together > 1 or trunk is not None:
+            restart()
+            if together > 1 or losses.shortcuts.trunk is not None:
                 (values,) = losses_at(losses, [batch], perturbation, 0, tried)
         rows = list(where)
         states = {call: output[rows] for call, output in seen.items() if _has_rows(output, len(batch["input_ids"]))}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -113,9 +112,8 @@ class _Stacks:
 def _at_points(losses: Losses, micro_batch: MicroBatch, stacks: _Stacks, points: Sequence[Point]) -> Tensor:
     placed = losses.place(micro_batch)
     together = points_together(losses, micro_batch, stacks.perturbation)
-    trunk = losses.shortcuts.trunk
     made: list[Tensor] = []
-    with trunk.shared() if trunk else nullcontext(_nothing) as restart:
+    with losses.over_one_micro_batch() as restart:
         for start in range(0, len(points), together):
             restart()
             chunk = tuple(points[start : start + together])
@@ -124,10 +122,6 @@ def _at_points(losses: Losses, micro_batch: MicroBatch, stacks: _Stacks, points:
             else:
                 made += losses.stacked(placed, stacks.at(chunk))
     return torch.stack(made)
-
-
-def _nothing() -> None:
-    """No trunk is there to restart."""
 
 
 def _mean_by_owner(rows: Tensor, owners: Tensor, num_units: int) -> Tensor:

@@ -101,6 +101,13 @@ class Losses:
         """Within the block, in which the parameters stay where they are, passes share what depends on them alone."""
         return self.shortcuts.merged_lora.merged() if self.shortcuts.merged_lora else nullcontext()
 
+    def over_one_micro_batch(self) -> AbstractContextManager[Callable[[], None]]:
+        """Within the block, in which the micro-batch stays the same, passes share what no parameter changes.
+
+        Yields: what to call before each pass.
+        """
+        return self.shortcuts.trunk.shared() if self.shortcuts.trunk else nullcontext(_nothing)
+
     @torch.no_grad()
     def stacked(self, batch: MicroBatch, parameters: Mapping[str, Tensor]) -> Tensor:
         """Losses of one micro-batch at P points, in one pass.
@@ -175,6 +182,10 @@ class _Pass(nn.Module):
 
     def forward(self, batch: MicroBatch) -> Tensor:
         return self.read(batch)
+
+
+def _nothing() -> None:
+    """Without a trunk nothing has to be restarted."""
 
 
 def _takes_use_cache(model: Any) -> bool:

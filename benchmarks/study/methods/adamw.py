@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from without_privacy import EPOCHS, RATE, ROWS
+
 from ..clock import Clock
 from ..models import Start
 from .base import Outcome
 
-EPOCHS, ROWS, RATE = 3, 16, 3e-4
 # Forward, and backward as two.
 PASSES_A_ROW = 3
 

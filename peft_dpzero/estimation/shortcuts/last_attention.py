@@ -17,7 +17,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from peft_dpzero.estimation.shortcuts.merged_lora import is_plain
+from peft_dpzero.estimation.shortcuts.merged_lora import is_plain, plain_adapters
 from peft_dpzero.estimation.shortcuts.places import Places
 from peft_dpzero.estimation.shortcuts.stacked_products import product
 from peft_dpzero.modules import Forward, hooked, replaced_forwards
@@ -51,12 +51,8 @@ class LastAttention:
             return places.everywhere(output, query.shape[2]), None
 
         values = {self.values: _held_back(self.values, places, held)} if self.values else {}
-        ALL_ATTENTION_FUNCTIONS[KIND] = ask
-        try:
-            with replaced_forwards(values):
-                yield
-        finally:
-            ALL_ATTENTION_FUNCTIONS[KIND] = attend
+        with _replaced(ask), replaced_forwards(values):
+            yield
 
 
 @dataclass(frozen=True)
@@ -78,10 +74,9 @@ def _held_back(layer: LoraLinear, places: Places, held: list[_LowRank]) -> Forwa
     whole = layer.forward
 
     def forward(x: Tensor) -> Tensor:
-        adapters = [name for name in layer.active_adapters if name in layer.lora_A]
-        alike = {layer.lora_A[name].weight.dtype for name in adapters} == {x.dtype}
+        adapters = plain_adapters(layer, x)
         held.clear()
-        if layer.disable_adapters or layer.merged or not alike or places.of(*x.shape[:2]) is None:
+        if not adapters or places.of(*x.shape[:2]) is None:
             return torch.as_tensor(whole(x))
         for name in adapters:
             low, high = product(x.flatten(0, 1), layer.lora_A[name].weight.T), layer.lora_B[name].weight
@@ -166,13 +161,20 @@ def last_attention(model: nn.Module, run: Callable[[], object]) -> LastAttention
         return attend(module, query, key, value, *args, **settings)
 
     layers = [m for m in model.modules() if type(m) is LoraLinear and is_plain(m) and not m.fan_in_fan_out]
-    ALL_ATTENTION_FUNCTIONS[KIND] = note
-    try:
-        with hooked([layer.register_forward_hook(keep) for layer in layers]):
-            run()
-    finally:
-        ALL_ATTENTION_FUNCTIONS[KIND] = attend
+    with _replaced(note), hooked([layer.register_forward_hook(keep) for layer in layers]):
+        run()
     return LastAttention(called[-1], values) if called and called.count(called[-1]) == 1 else None
+
+
+@contextmanager
+def _replaced(function: Forward) -> Iterator[None]:
+    """Within the block attention is `function`."""
+    before = ALL_ATTENTION_FUNCTIONS[KIND]
+    ALL_ATTENTION_FUNCTIONS[KIND] = function
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS[KIND] = before
 
 
 def _is_view(one: Tensor, whole: Tensor) -> bool:

@@ -57,19 +57,25 @@ def is_plain(layer: Linear) -> bool:
     return wide and not layer.lora_variant and not any(layer.lora_bias.values())
 
 
+def plain_adapters(layer: Linear, x: Tensor) -> list[str]:
+    """The adapters with which a plain `layer` adds s·(xAᵀ)Bᵀ to xWᵀ now, all in one dtype; none if it does not."""
+    adapters = [name for name in layer.active_adapters if name in layer.lora_A]
+    weight: Any = base_layer(layer).weight
+    alike = {layer.lora_A[name].weight.dtype for name in adapters} == {weight.dtype} == {x.dtype}
+    idle = layer.disable_adapters or layer.merged or not alike or torch.is_autocast_enabled(x.device.type)
+    return [] if idle else adapters
+
+
 def _merged_forward(layer: Linear, always: bool, keeps: bool) -> Forward:
     apart = layer.forward
     base: Any = base_layer(layer)
     kept: dict[tuple[str, ...], Tensor] = {}
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        weight = base.weight
-        adapters = [name for name in layer.active_adapters if name in layer.lora_A]
-        alike = {layer.lora_A[name].weight.dtype for name in adapters} == {weight.dtype} == {x.dtype}
-        idle = layer.disable_adapters or layer.merged or not alike or torch.is_autocast_enabled(x.device.type)
+        weight, adapters = base.weight, plain_adapters(layer, x)
         # Summing takes as long as applying the factors to about this many tokens.
         few = not always and not keeps and x.numel() < x.shape[-1] * min(layer.in_features, layer.out_features) / 2
-        if idle or few or args or kwargs or weight.is_meta or hasattr(base, "_hf_hook"):
+        if not adapters or few or args or kwargs or weight.is_meta or hasattr(base, "_hf_hook"):
             return apart(x, *args, **kwargs)
         if tuple(adapters) in kept:
             weight, adapters = kept[tuple(adapters)], []
