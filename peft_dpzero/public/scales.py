@@ -25,6 +25,8 @@ _MOVES = tuple(10.0 ** (power / 2) for power in range(-8, 1))
 # Rows and points of the passes that are timed.
 _TIMED_ROWS = 16
 _FEW_POINTS, _MANY_POINTS = 2, 18
+# And how often.
+_TIMED = 3
 # So many times as long as copies of a usual row take those of a step: of many lengths, padded, few of each (measured).
 _UNEVEN = 1.6
 # One-sided slopes may be off by this share of their size: the error they add to an estimate is its square.
@@ -154,7 +156,8 @@ def measure_seconds(losses: Losses, row: MicroBatch, perturbation: Perturbation,
         losses_at(losses, [batch], perturbation, 0, points_of(points // 2, move, "central"))
         return time.perf_counter() - start
 
+    # The first pass warms up. Of others the quickest was disturbed least.
     seconds(_FEW_POINTS)
-    few, many = seconds(_FEW_POINTS), seconds(_MANY_POINTS)
+    few, many = (min(seconds(points) for _ in range(_TIMED)) for points in (_FEW_POINTS, _MANY_POINTS))
     point = max(many - few, 1e-6) / (_TIMED_ROWS * (_MANY_POINTS - _FEW_POINTS))
     return Seconds(_UNEVEN * max(few / _TIMED_ROWS - _FEW_POINTS * point, 0.0), _UNEVEN * point)

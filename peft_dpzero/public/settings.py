@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from scipy.optimize import brentq
@@ -13,6 +13,7 @@ from scipy.stats import norm
 
 from peft_dpzero.config import DPZeroConfig, SettledConfig
 from peft_dpzero.errors import DPZeroError
+from peft_dpzero.mechanism.accountant import Accountant
 from peft_dpzero.public.scales import Seconds, Slopes
 
 # How large the mean gradient is, squared, beside a row's: not known before training, and about this early in it.
@@ -102,6 +103,15 @@ class Choice:
     steps: int
     variance: Variance
 
+    def proven(self, config: DPZeroConfig, num_units: int, entries: int) -> Choice:
+        """With the variance that the accountant's σ gives, in place of the formula's."""
+        if config.target_epsilon is None or config.noise_multiplier is not None:
+            return self
+        sample_rate = self.expected_batch_size / num_units
+        sigma = Accountant.of(config).quick_noise_multiplier(config.target_epsilon, sample_rate, self.steps)
+        variance = Variance.of(entries, self.num_directions, self.expected_batch_size, sigma)
+        return replace(self, variance=variance)
+
 
 def choose_sizes(
     config: DPZeroConfig,
@@ -130,7 +140,8 @@ def choose_sizes(
         DPZeroError: not even the smallest batch with one direction can be had for so little time.
     """
     batches = [batch] if batch else [b for b in _BATCHES if b <= num_units // 4] or [max(1, num_units // 4)]
-    directions = (known,) if (known := config.known_directions) else _DIRECTIONS
+    # More directions than there are coordinates tell no more than those.
+    directions = (known,) if (known := config.known_directions) else [k for k in _DIRECTIONS if k <= entries]
     points = 1 if config.difference == "forward" else 2
 
     def choices() -> Iterator[Choice]:
@@ -144,15 +155,23 @@ def choose_sizes(
                 yield Choice(size, count, made, Variance.of(entries, count, size, sigma))
 
     found = list(choices())
-    enough = [choice for choice in found if choice.steps >= _ENOUGH_STEPS] or found
-    best = min(enough, key=lambda choice: choice.variance.total / choice.steps, default=None)
-    if best is None:
+    if not found:
         least = seconds.of(batches[0] / processes, points * directions[0]) * (steps or FEWEST_STEPS)
         raise DPZeroError(
             f"{steps or FEWEST_STEPS} steps take {least / 60:.1g} minutes at least here, and {budget / 60:.1g} are "
             "left of `minutes`: give more, or train fewer or higher layers."
         )
-    return best
+    enough = [choice for choice in found if choice.steps >= _ENOUGH_STEPS] or found
+    # The accountant takes longer than a formula: it is asked about the best of each batch only.
+    finalists = [
+        min((one for one in enough if one.expected_batch_size == size), key=_harm, default=None) for size in batches
+    ]
+    return min((one.proven(config, num_units, entries) for one in finalists if one), key=_harm)
+
+
+def _harm(choice: Choice) -> float:
+    """What is left of the estimates' error after a run."""
+    return choice.variance.total / choice.steps
 
 
 def learning_rate(slopes: Slopes, steps: int) -> float:
@@ -170,7 +189,7 @@ def clipping_threshold(slopes: Slopes, num_directions: int) -> float:
 
 def rough_noise(config: DPZeroConfig, sample_rate: float, steps: int) -> float:
     """About the σ that the accountant will calibrate, by the central limit theorem (Bu et al. 2020, arXiv 1911.11607):
-    T releases at rate q are μ-Gaussian private with μ = q √(T (exp(1/σ²) − 1)).
+    T releases at rate q are μ-Gaussian private with μ = q √(T (exp(1/σ²) − 1)). Below σ = 1 it is up to a third less.
     """
     if config.noise_multiplier is not None:
         return config.noise_multiplier

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ _READ = 32
 # Of made-up rows: the longest, unless `max_length` is less, and the parts of it that they have.
 _LONGEST = 64
 _PARTS = (0.25, 0.5, 0.5, 0.75)
+# A step that takes this many times as long as was planned is timed once more: something else may have run.
+_SURPRISING = 1.3
 # What steps take besides what was timed, and what is left for saving.
 _RESERVE = 1.1
 # The part of the time in which it is tried which rows may share a pass.
@@ -169,7 +172,7 @@ def find_settings(
             "smoothing_parameter."
         ) from error
     batch, directions, steps = sizes.batch, config.known_directions, sizes.steps
-    choice, once = None, None
+    choice, once, planned = None, None, math.inf
     if sizes.deadline is not None:
         row = sorted(rows, key=_tokens)[len(rows) // 2]
         seconds = measure_seconds(losses, row, perturbation, slopes.smoothing_parameter)
@@ -184,6 +187,8 @@ def find_settings(
             steps=steps,
         )
         batch, directions = choice.expected_batch_size, choice.num_directions
+        points = directions * (1 if slopes.difference == "forward" else 2)
+        planned = seconds.of(batch / sizes.processes, points)
     settled = config.settled(
         clipping_threshold=clipping_threshold(slopes, directions or DEFAULT_DIRECTIONS),
         smoothing_parameter=slopes.smoothing_parameter,
@@ -201,7 +206,10 @@ def find_settings(
     )
     rate = sizes.learning_rate
     if sizes.deadline is not None:
-        once = _seconds_a_step(passes, perturbation, settled, rows, max(1, round(expected)))
+        count = max(1, round(expected))
+        once = _seconds_a_step(passes, perturbation, settled, rows, count)
+        if once > _SURPRISING * planned:
+            once = min(once, _seconds_a_step(passes, perturbation, settled, rows, count))
         left = (sizes.deadline - time.monotonic()) / _RESERVE
         steps = steps or max(FEWEST_STEPS, int(left / once))
         rate = rate or learning_rate(slopes, steps)

@@ -58,6 +58,34 @@ def test_sizes_fit_the_time_and_follow_what_is_given() -> None:
         choose_sizes(config, Seconds(1.0, 1.0), num_units=5000, entries=256, budget=60.0)
 
 
+def test_of_batches_that_are_near_the_accountant_decides() -> None:
+    config, seconds = DPZeroConfig(**OPEN), Seconds(row=1e-3, point=1e-3)
+    choice = choose_sizes(config, seconds, num_units=5000, entries=256, budget=100.0)
+    proven = Accountant.of(config).noise_multiplier(
+        config.target_epsilon or 0, choice.expected_batch_size / 5000, choice.steps
+    )
+    assert choice.variance.noise == pytest.approx(256 * (proven / choice.expected_batch_size) ** 2, rel=0.03)
+
+
+def test_directions_are_no_more_than_coordinates() -> None:
+    plenty = Seconds(row=1e-6, point=1e-6)
+    assert choose_sizes(DPZeroConfig(**OPEN), plenty, num_units=5000, entries=20, budget=600.0).num_directions <= 20
+
+
+def test_a_step_that_was_disturbed_is_timed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed, honest = [], settling._seconds_a_step
+
+    def disturbed(*args: Any) -> float:
+        timed.append(honest(*args) + (0 if timed else 1000.0))
+        return timed[-1]
+
+    monkeypatch.setattr(settling, "_seconds_a_step", disturbed)
+    run = trainer(tmp_path, changes={"minutes": 1.0})
+    measured = run.tune_on()
+    assert measured.seconds_a_step == min(timed)
+    assert len(timed) == 2
+
+
 def test_slopes_are_those_of_autograd_and_lambda_lies_between_rounding_and_curvature() -> None:
     model = adapted().eval()
     perturbation, task = Perturbation(model), infer_task(model)
