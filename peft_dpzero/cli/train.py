@@ -73,11 +73,11 @@ class TrainingRun:
         """Trains, saves and evaluates. Returns the table of results."""
         settings = self.settings
         trainer = self.trainer()
+        if settings.base_model is not None:
+            trainer.describe_release(base_model=settings.base_model)
         with withheld("training"):
             trainer.train(resume_from_checkpoint=settings.training.resume_from_checkpoint or self.resume or None)
         with explained(f"the result cannot be saved in {settings.training.output_dir}"):
-            if settings.base_model is not None:
-                trainer.create_model_card(base_model=settings.base_model)
             trainer.save_model()
         metrics = {}
         if trainer.eval_dataset is not None:

@@ -74,7 +74,7 @@ class Run(RunOnDisk):
         Args:
             model: the trained one.
             folder: for the release.
-            card_data: see `DPZeroTrainer.create_model_card`.
+            card_data: see `DPZeroTrainer.describe_release`.
         """
         if self.processes.is_main_process:
             with staging(Path(folder)) as staged:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import PushInProgress
 
 from peft_dpzero.errors import DPZeroError
+from peft_dpzero.release.base_name import given_name
 from peft_dpzero.release.bundle import is_released
 from peft_dpzero.release.card import card_fields, save_card
 from peft_dpzero.release.picture import save_picture
@@ -53,7 +54,7 @@ class SavingMixin(_Host):  # type: ignore[misc]
     def save_journal(self, output_dir: str, **card_data: Any) -> None:
         """Saves the model as its journal: kilobytes, from which `replay_journal` makes the weights again.
 
-        An adapter's folder also gets its starting weights. `card_data`: as in `create_model_card`.
+        An adapter's folder also gets its starting weights. `card_data`: as in `describe_release`.
 
         Raises:
             DPZeroError: nothing was trained yet.
@@ -61,7 +62,7 @@ class SavingMixin(_Host):  # type: ignore[misc]
         if not self.is_world_process_zero():
             return
         self._check_journal()
-        self._remember(card_data)
+        self.describe_release(**card_data)
         model = self._plain_model
         with self._saving(Path(output_dir)) as folder:
             if hasattr(model, "peft_config"):
@@ -95,8 +96,19 @@ class SavingMixin(_Host):  # type: ignore[misc]
         repository = self.hub_model_id or self.args.hub_model_id
         return {"repository": repository, "tokenizer": self._release_tokenizer, **self._card_data}
 
-    def _remember(self, card_data: Mapping[str, Any]) -> None:
-        self._card_data = {**self._card_data, **card_fields(card_data)}
+    def describe_release(self, **card_data: Any) -> None:
+        """Says what the cards of all later releases hold, also of checkpoints that are pushed while training.
+
+        Args:
+            card_data: base_model (or finetuned_from: the base's name on the Hub), language, license, datasets, tags,
+                eval_results … of the card's YAML; see `huggingface_hub.ModelCardData`.
+
+        Raises:
+            DPZeroError: base_model is no name that a model on the Hub can have.
+        """
+        fields = card_fields(card_data)
+        given_name(fields.get("base_model"))
+        self._card_data = {**self._card_data, **fields}
 
     def _save_claims(self, folder: Path) -> None:
         if self._release_tokenizer is not None:
@@ -113,10 +125,9 @@ class SavingMixin(_Host):  # type: ignore[misc]
 
         Args:
             args: not read.
-            card_data: base_model (or finetuned_from: the base's name on the Hub), language, license, datasets, tags,
-                eval_results … of the card's YAML; see `huggingface_hub.ModelCardData`.
+            card_data: as in `describe_release`.
         """
-        self._remember(card_data)
+        self.describe_release(**card_data)
         if self.is_world_process_zero():
             record, folder = self.run.record(), Path(self.args.output_dir)
             save_picture(record, folder)
@@ -138,7 +149,7 @@ class SavingMixin(_Host):  # type: ignore[misc]
         With `format="journal"` no weights are uploaded: the base model and the journal make them again, at kilobytes
         (see `save_journal`). This upload always blocks.
 
-        `card_data`: as in `create_model_card`. A base that was loaded from a folder is named by `base_model`.
+        `card_data`: as in `describe_release`. A base that was loaded from a folder is named by `base_model`.
 
         Raises:
             DPZeroError: an unknown format, or a journal that is not there yet; or the Hub could not be reached or
@@ -147,7 +158,7 @@ class SavingMixin(_Host):  # type: ignore[misc]
         if format not in PUSH_FORMATS:
             raise DPZeroError(f"format must be one of {', '.join(PUSH_FORMATS)}, got {format!r}.")
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self._remember(card_data)
+        self.describe_release(**card_data)
         access = {"token": token or self.args.hub_token, "revision": revision or self.args.hub_revision}
         if format == "weights":
             self.save_model(_internal_call=True)

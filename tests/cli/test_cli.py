@@ -323,10 +323,12 @@ def test_full_tuning_saves_a_whole_model_with_its_class_names(
 def test_a_base_in_a_folder_gets_the_name_that_is_given(
     recipe: Recipe, train: Callable[..., int], tmp_path: Path
 ) -> None:
+    recipe["training"] |= {"save_strategy": "steps", "save_steps": 1}
     assert train(recipe | {"base_model": "organization/model"}) == 0
-    adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert adapter["base_model_name_or_path"] == "organization/model"
-    assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == "organization/model"
+    for release in (tmp_path / "out", tmp_path / "out" / "checkpoint-1"):
+        adapter = json.loads((release / "adapter_config.json").read_text())
+        assert adapter["base_model_name_or_path"] == "organization/model"
+        assert ModelCard.load(release / "README.md").data.base_model == "organization/model"
 
 
 def test_no_copy_of_the_data_stays_in_a_cache(

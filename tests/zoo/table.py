@@ -1,14 +1,17 @@
 """Writes the table of docs/zoo.md, between its markers, from a run of every architecture.
 
-PYTHONPATH=tests:benchmarks python tests/zoo/table.py [--page docs/zoo.md]
+PYTHONPATH=tests:benchmarks python tests/zoo/table.py [--page docs/zoo.md] [--jobs 2]
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
+import os
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -27,17 +30,26 @@ def main() -> None:
     """Runs everything; the page is written if all are equal or refused, or with what differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "zoo.md")
-    page = parser.parse_args().page
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="architectures side by side")
+    chosen = parser.parse_args()
+    lines = ["| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"]
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(chosen.jobs, mp_context=fresh, initializer=_quietly) as pool:
+        for made in pool.map(_lines_of, range(len(ARCHITECTURES))):
+            print("\n".join(made), flush=True)
+            lines += made
+    insert(chosen.page, "zoo", "\n".join(lines))
+
+
+def _quietly() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    lines = ["| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"]
-    for architecture in ARCHITECTURES:
-        for line in _lines(architecture):
-            print(line, flush=True)
-            lines.append(line)
-    insert(page, "zoo", "\n".join(lines))
+
+
+def _lines_of(number: int) -> list[str]:
+    return list(_lines(ARCHITECTURES[number]))
 
 
 def _lines(architecture: Architecture) -> Iterator[str]:
