@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 CONFIG_NAME = "dpzero_config.json"
 
 DIFFERENCES = ("central", "forward")
-DISTRIBUTIONS = ("gaussian", "rademacher", "sphere")
+DISTRIBUTIONS = ("gaussian", "rademacher", "sphere", "orthogonal")
 NEIGHBORING = ("add_or_remove_one", "replace_one")
 MECHANISMS = ("gaussian", "laplace")
 CLIPPINGS = ("fixed", "adaptive", "automatic")
@@ -24,6 +24,7 @@ SMALLEST_MOVE, LARGEST_MOVE = 1e-6, 1.0
 MOST_DIRECTIONS = 4096
 DEFAULT_DIRECTIONS = 16
 DEFAULT_DIFFERENCE = "central"
+DEFAULT_DISTRIBUTION, DISTRIBUTION_IN_BASIS = "gaussian", "orthogonal"
 TRAIN_LOSSES = ("withheld", "private", "nonprivate")
 
 
@@ -119,8 +120,12 @@ class DPZeroConfig:
             "bends too much for 'forward', if anything is measured, else takes 'central'."
         ),
     )
-    direction_distribution: str = field(
-        default="gaussian", metadata=_help("'gaussian', 'rademacher' or 'sphere' (radius √d).")
+    direction_distribution: str | None = field(
+        default=None,
+        metadata=_help(
+            "'gaussian', 'rademacher', 'sphere' (radius √d), or with public_text 'orthogonal' (a step's directions at "
+            "right angles). None takes 'orthogonal' with public_text, else 'gaussian'."
+        ),
     )
     basis_size: int = field(
         default=256,
@@ -156,7 +161,8 @@ class DPZeroConfig:
         self._check_choice("neighboring", NEIGHBORING)
         if self.difference is not None:
             self._check_choice("difference", DIFFERENCES)
-        self._check_choice("direction_distribution", DISTRIBUTIONS)
+        if self.direction_distribution is not None:
+            self._check_choice("direction_distribution", DISTRIBUTIONS)
         self._check_choice("train_loss", TRAIN_LOSSES)
         if self.clipping_threshold is not None:
             self._check_positive("clipping_threshold")
@@ -230,6 +236,7 @@ class DPZeroConfig:
         values |= {name: value for name, value in measured.items() if values[name] is None}
         values["num_directions"] = self.known_directions or values["num_directions"] or DEFAULT_DIRECTIONS
         values["difference"] = values["difference"] or DEFAULT_DIFFERENCE
+        values["direction_distribution"] = values["direction_distribution"] or DEFAULT_DISTRIBUTION
         for name in ("clipping_threshold", "smoothing_parameter"):
             if values[name] is None:
                 raise ValueError(f"{name} is not known before training has measured it: give it, or train first.")
@@ -318,6 +325,7 @@ class SettledConfig(DPZeroConfig):
     num_directions: int = DEFAULT_DIRECTIONS
     smoothing_parameter: float = 1e-3
     difference: str = DEFAULT_DIFFERENCE
+    direction_distribution: str = DEFAULT_DISTRIBUTION
 
 
 def _is_number(value: object) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.perturbation.directions import Directions
+from peft_dpzero.perturbation.orthogonal import OrthogonalCoordinates
 
 # So many vectors at most, which the exact sums allow.
 MOST_VECTORS = 2048
@@ -76,7 +77,8 @@ class BasisDirections:
     Args:
         basis: over some of `parameters`.
         parameters: (name, parameter) pairs.
-        seed, distribution: of the coordinates, see `Directions`.
+        seed: the public direction seed.
+        distribution: of the coordinates: "orthogonal" (see `OrthogonalCoordinates`) or one of `Directions`'.
 
     Raises:
         DPZeroError: the basis is over other parameters.
@@ -94,8 +96,7 @@ class BasisDirections:
             self._parts[name] = slice(start, self.num_entries)
         if not self._parts.keys() <= self._shapes.keys() or self.num_entries != basis.vectors.shape[1]:
             raise DPZeroError("The basis is over other parameters than the trainable ones: it is another adapter's.")
-        weights = nn.Parameter(torch.zeros(basis.size), requires_grad=False)
-        self._weights = Directions([(_COORDINATES, weights)], seed, distribution)
+        self._coordinates = _coordinates(basis.size, seed, distribution)
         self._made: tuple[int, int, Tensor] = (-1, -1, torch.empty(0))
 
     def vector(self, step: int, direction: int, device: torch.device | str = "cpu") -> Tensor:
@@ -119,5 +120,10 @@ class BasisDirections:
             total += self._coordinates(step, direction) * coefficient
         return total
 
-    def _coordinates(self, step: int, direction: int) -> Tensor:
-        return self._weights.entry(step, direction, _COORDINATES).double()
+
+def _coordinates(size: int, seed: int, distribution: str) -> Callable[[int, int], Tensor]:
+    """Makes w of (step, direction): (r,) float64."""
+    if distribution == "orthogonal":
+        return OrthogonalCoordinates(size, seed).entry
+    independent = Directions([(_COORDINATES, nn.Parameter(torch.zeros(size), requires_grad=False))], seed, distribution)
+    return lambda step, direction: independent.entry(step, direction, _COORDINATES).double()

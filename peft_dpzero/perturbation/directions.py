@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from peft_dpzero.errors import DPZeroError
 from peft_dpzero.perturbation.philox import Stream, entries_per_block, gaussian_table
 
 # Made at once: threads that make shorter pieces wait for each other (for Python's lock) more often.
@@ -43,9 +44,14 @@ class Directions:
         seed: the public direction seed, 0 <= seed < 2**63.
         distribution: "gaussian" (entries N(0, 1) on 2¹⁶ values, see `philox.gaussian_table`), "rademacher" (entries
             ±1) or "sphere" (the Gaussian direction scaled to length √d, d the number of entries).
+
+    Raises:
+        DPZeroError: the distribution is one for a basis's coordinates.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], seed: int, distribution: str) -> None:
+        if distribution == "orthogonal":
+            raise DPZeroError("direction_distribution='orthogonal' is for directions in the basis of public_text.")
         self.seed = seed
         self.distribution = distribution
         self._signs = distribution == "rademacher"

@@ -14,6 +14,7 @@ from scipy.stats import norm
 from peft_dpzero.config import DPZeroConfig, SettledConfig
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.mechanism.accountant import Accountant
+from peft_dpzero.perturbation.orthogonal import angles
 from peft_dpzero.public.scales import Seconds, Slopes
 
 # How large the mean gradient is, squared, beside a row's: not known before training, and about this early in it.
@@ -72,7 +73,8 @@ class Variance:
     """The expected squared error of an estimate of a gradient g, over the squared norm of a row's gradient.
 
     With d coordinates, K directions, and B rows of gradients with variance s², clipped at about c√K:
-    d (‖g‖² / K + s² / (BK) + σ²c² / B²).
+    d (‖g‖² / K + s² / (BK) + σ²c² / B²) and s² / B, which more directions leave. Of K directions at right angles,
+    out of D, the first two are smaller: they have 1/K − 1/D for 1/K.
     """
 
     directions: float
@@ -80,13 +82,12 @@ class Variance:
     noise: float
 
     @classmethod
-    def of(cls, entries: float, num_directions: int, batch: int, noise_multiplier: float) -> Variance:
+    def of(cls, entries: int, num_directions: int, batch: int, noise_multiplier: float, orthogonal: bool) -> Variance:
         """For d = `entries`."""
-        return cls(
-            entries * SIGNAL_SHARE / num_directions,
-            entries / (batch * num_directions),
-            entries * (noise_multiplier / batch) ** 2,
-        )
+        missed = entries / num_directions
+        if orthogonal:
+            missed = max(0.0, missed - entries / angles(entries))
+        return cls(missed * SIGNAL_SHARE, (1 + missed) / batch, entries * (noise_multiplier / batch) ** 2)
 
     @property
     def total(self) -> float:
@@ -109,8 +110,7 @@ class Choice:
             return self
         sample_rate = self.expected_batch_size / num_units
         sigma = Accountant.of(config).quick_noise_multiplier(config.target_epsilon, sample_rate, self.steps)
-        variance = Variance.of(entries, self.num_directions, self.expected_batch_size, sigma)
-        return replace(self, variance=variance)
+        return replace(self, variance=_variance(config, entries, self.num_directions, self.expected_batch_size, sigma))
 
 
 def choose_sizes(
@@ -140,8 +140,9 @@ def choose_sizes(
         DPZeroError: not even the smallest batch with one direction can be had for so little time.
     """
     batches = [batch] if batch else [b for b in _BATCHES if b <= num_units // 4] or [max(1, num_units // 4)]
-    # More directions than there are coordinates tell no more than those.
-    directions = (known,) if (known := config.known_directions) else [k for k in _DIRECTIONS if k <= entries]
+    # No more directions than these are at right angles, and they tell everything.
+    most = angles(entries) if config.direction_distribution == "orthogonal" else max(_DIRECTIONS)
+    directions = (known,) if (known := config.known_directions) else [k for k in _DIRECTIONS if k <= most]
     points = 1 if config.difference == "forward" else 2
 
     def choices() -> Iterator[Choice]:
@@ -152,7 +153,7 @@ def choose_sizes(
             # Where all is given there is nothing to choose.
             if fits or (steps and batch and config.known_directions):
                 sigma = rough_noise(config, size / num_units, made)
-                yield Choice(size, count, made, Variance.of(entries, count, size, sigma))
+                yield Choice(size, count, made, _variance(config, entries, count, size, sigma))
 
     found = list(choices())
     if not found:
@@ -167,6 +168,10 @@ def choose_sizes(
         min((one for one in enough if one.expected_batch_size == size), key=_harm, default=None) for size in batches
     ]
     return min((one.proven(config, num_units, entries) for one in finalists if one), key=_harm)
+
+
+def _variance(config: DPZeroConfig, entries: int, directions: int, batch: int, sigma: float) -> Variance:
+    return Variance.of(entries, directions, batch, sigma, config.direction_distribution == "orthogonal")
 
 
 def _harm(choice: Choice) -> float:

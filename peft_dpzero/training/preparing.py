@@ -96,7 +96,7 @@ class PreparingMixin(_Host):  # type: ignore[misc]
             self.accelerator.prepare_model(self.model.eval())
         run = self.run
         if run.basis is None and self.public_text is not None:
-            run.basis = self._found_basis()
+            run.lie_in(self._found_basis())
         perturbation = run.perturbation(self.model)
         tried = self._tried(perturbation)
         if public_dataset is None:
@@ -155,7 +155,8 @@ class PreparingMixin(_Host):  # type: ignore[misc]
                 "deadline": deadline,
             }
         sizes = self.run.sizes(self._most_rows, self.max_tokens_per_micro_batch, **of_time)
-        return find_settings(tried, perturbation, self.dpzero_config, *rows, sizes)
+        config = self.dpzero_config.replace(direction_distribution=self.run.config.direction_distribution)
+        return find_settings(tried, perturbation, config, *rows, sizes)
 
     def _follow(self, chosen: Settings) -> None:
         """Gives the Trainer's loop what was chosen for the run."""

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from peft_dpzero.checks.data import check_dataset
-from peft_dpzero.config import DPZeroConfig
+from peft_dpzero.config import DEFAULT_DISTRIBUTION, DISTRIBUTION_IN_BASIS, DPZeroConfig
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.batching import Collator, LogicalBatches
 from peft_dpzero.estimation.losses import Losses
@@ -80,6 +80,7 @@ class RunOnDisk:
         accelerator: Accelerator | None = None,
     ) -> None:
         check_dataset(dataset)
+        self._asked = config
         self.config = config.settled() if config.is_settled and config.minutes is None else config
         self.dataset = dataset
         self.expected_batch_size = expected_batch_size
@@ -120,7 +121,8 @@ class RunOnDisk:
     def perturbation(self, model: nn.Module, streamed: frozenset[str] = frozenset()) -> Perturbation:
         """The run's directions over the trainable parameters of `model`."""
         config = self.config
-        return Perturbation(model, config.direction_seed, config.direction_distribution, streamed, self.basis)
+        distribution = config.direction_distribution or DEFAULT_DISTRIBUTION
+        return Perturbation(model, config.direction_seed, distribution, streamed, self.basis)
 
     def take_settings(self, find: Callable[[], Settings | None]) -> None:
         """Gives a new run the settings that `find` makes, where the config leaves them open.
@@ -139,7 +141,17 @@ class RunOnDisk:
 
     def take_basis(self, find: Callable[[], Basis] | None = None) -> None:
         """Gives this run the basis that its journal names, or for a new run the one that `find` makes."""
-        self.basis = agreed_basis(self.journal, self.processes, find)
+        self.lie_in(agreed_basis(self.journal, self.processes, find))
+
+    def lie_in(self, basis: Basis | None) -> None:
+        """From now on directions are of `basis`: at right angles, unless the user or the journal has others."""
+        self.basis = basis
+        if basis is not None and self._asked.direction_distribution is None:
+            made = self.segments[0].header["config"] if self._goes_on else {}
+            distribution = made.get("direction_distribution", DISTRIBUTION_IN_BASIS)
+            self.config = self.config.replace(direction_distribution=distribution)
+            if self._plan is not None:
+                self._plan = self._plan_for()
 
     @contextmanager
     def opened(

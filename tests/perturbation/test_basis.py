@@ -60,7 +60,7 @@ def test_no_weights_make_nothing() -> None:
     assert torch.equal(basis.combined(torch.zeros(2, 3)), torch.zeros(2, 4))
 
 
-@pytest.mark.parametrize("distribution", ["gaussian", "rademacher", "sphere"])
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher", "sphere", "orthogonal"])
 def test_points_are_theta_plus_a_vector_of_the_span(distribution: str) -> None:
     model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 2))
     basis = basis_over(model)

@@ -73,7 +73,9 @@ def config(**changes: Any) -> DPZeroConfig:
     return DPZeroConfig(**(values | changes))
 
 
-def trained(folder: Path, text: Any = None, resume: bool = False, steps: int = 4, **changes: Any) -> DPZeroTrainer:
+def trained(
+    folder: Path, text: Any = None, resume: bool = False, steps: int = 4, dpzero: Any = None, **changes: Any
+) -> DPZeroTrainer:
     data = tiny_dataset("classifier")
     torch.manual_seed(5)
     run = DPZeroTrainer(
@@ -81,7 +83,7 @@ def trained(folder: Path, text: Any = None, resume: bool = False, steps: int = 4
         arguments(folder, max_steps=steps, **changes),
         train_dataset=data,
         public_text=data.remove_columns("labels") if text is None else text,
-        dpzero_config=config(),
+        dpzero_config=dpzero or config(),
     )
     run.train(resume_from_checkpoint=resume)
     run.save_model()
@@ -99,6 +101,7 @@ def test_a_run_is_verified_and_made_again_from_its_journal(tmp_path: Path) -> No
     assert not [name for name in run.run.basis.names if "lora_A" in name]
     record = json.loads((tmp_path / "run" / "privacy_record.json").read_text())
     assert record["public_basis"] == run.run.basis.digest()
+    assert record["direction_distribution"] == "orthogonal"
     assert any("public text" in gap for gap in record["not_covered"])
     fresh = adapted()
     replay_journal(fresh, tmp_path / "run").save_pretrained(tmp_path / "made")
@@ -106,6 +109,14 @@ def test_a_run_is_verified_and_made_again_from_its_journal(tmp_path: Path) -> No
     assert all(torch.equal(ours[name], again[name]) for name in ours)
     checks = verify(tmp_path / "run", base=tmp_path / "base")
     assert not [check for check in checks if check.status == "FAILED"]
+
+
+def test_a_run_goes_on_with_the_directions_that_it_began_with(tmp_path: Path) -> None:
+    kept = {"save_strategy": "steps", "save_steps": 2}
+    trained(tmp_path / "run", dpzero=config(direction_distribution="gaussian"), **kept)
+    resumed = trained(tmp_path / "run", resume=True, steps=6)
+    assert resumed.privacy_record()["direction_distribution"] == "gaussian"
+    assert len(resumed.run.journal.entries) == 6
 
 
 def test_another_basis_is_told(tmp_path: Path) -> None:

@@ -67,9 +67,14 @@ def test_of_batches_that_are_near_the_accountant_decides() -> None:
     assert choice.variance.noise == pytest.approx(256 * (proven / choice.expected_batch_size) ** 2, rel=0.03)
 
 
-def test_directions_are_no_more_than_coordinates() -> None:
+def test_directions_at_right_angles_are_no_more_than_there_are() -> None:
     plenty = Seconds(row=1e-6, point=1e-6)
-    assert choose_sizes(DPZeroConfig(**OPEN), plenty, num_units=5000, entries=20, budget=600.0).num_directions <= 20
+    config = DPZeroConfig(**OPEN, direction_distribution="orthogonal")
+    choice = choose_sizes(config, plenty, num_units=5000, entries=20, budget=600.0)
+    assert choice.num_directions == 32
+    assert choice.variance.directions == 0
+    independent = choose_sizes(DPZeroConfig(**OPEN), plenty, num_units=5000, entries=20, budget=600.0)
+    assert independent.num_directions > 32
 
 
 def test_a_step_that_was_disturbed_is_timed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,11 @@ def _for_passes(
     tried = config.replace(target_epsilon=None, noise_multiplier=noise)  # not calibrated for a run that is not made
     trainer = _trainer(start, start.train, folder, tried, {}, **options)
     slopes = trainer.tune_on(minutes=5).slopes  # a time in which anything fits
-    measured = config.replace(difference=slopes.difference, smoothing_parameter=slopes.smoothing_parameter)
+    measured = config.replace(
+        difference=slopes.difference,
+        smoothing_parameter=slopes.smoothing_parameter,
+        direction_distribution=trainer.run.config.direction_distribution,
+    )
     choice = choose_sizes(
         measured,
         Seconds(row=1.0 if slopes.difference == "forward" else 0.0, point=1.0, step=0.0),
