@@ -40,6 +40,7 @@ from peft_dpzero.training.agreed_basis import agreed_basis
 from peft_dpzero.training.entering import enter_journal, open_journal
 from peft_dpzero.training.planning import plan_for, steps_of
 from peft_dpzero.training.settling import Sizes, settings_of
+from peft_dpzero.training.sharding import reshard
 
 
 class RunOnDisk:
@@ -188,8 +189,10 @@ class RunOnDisk:
             DPZeroError: the journal is of a run with other settings, or the start is not that run's.
         """
         optimizer.state.clear()
-        model = perturbation.model
-        frozen = frozen_header(model, perturbation.parameters) if is_sharded(model) else None
+        frozen = None
+        if is_sharded(model := perturbation.model):
+            reshard(model)
+            frozen = frozen_header(model, perturbation.parameters)
 
         def entered() -> list[JournalSegment]:
             assert self.journal is not None

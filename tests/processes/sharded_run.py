@@ -1,8 +1,8 @@
 """One rank of the sharding tests: `accelerate launch --multi_gpu --num_processes P sharded_run.py OUT`.
 
 Trains a tiny model whose frozen weights are sharded, and leaves what this rank saw and ended with in OUT. `--kill`
-sends the last rank a SIGKILL inside a pass of one step; `--bad-row` gives the data a row that cannot be read.
-`--resume` goes on from there.
+sends the last rank a SIGKILL inside a pass of one step, and `--resume` goes on from there. `--bad-row` gives the data a
+row that cannot be read. `--kinds` tries other models and units, and settings that are left open.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import patch_environment
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -35,7 +36,6 @@ SAVE_STEPS = 4
 KILLED_IN = 6
 SHARDED: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}}
 KINDS: dict[str, dict[str, Any]] = {
-    "causal_lm": SHARDED,
     "classifier": {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": "BertLayer"}},
     "kept": {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": False}},
     "by_size": {"fsdp": True, "fsdp_config": {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 500}},
@@ -167,6 +167,7 @@ def main() -> None:
     parser.add_argument("--kill", action="store_true")
     parser.add_argument("--bad-row", action="store_true")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--kinds", action="store_true")
     options = parser.parse_args()
     out: Path = options.out
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -187,30 +188,46 @@ def main() -> None:
         resumed.accelerator.end_training()
         return
 
-    (out / "raised").mkdir(exist_ok=True)
-    report: dict[str, Any] = {"raised": refusals(out / "raised"), "losses": {}}
-    for kind, sharding in KINDS.items():
-        report["losses"][kind] = losses_of(make_trainer(out / "losses", kind, **sharding), kind)
+    report: dict[str, Any] = kinds(out, rank) if options.kinds else whole(out, rank)
+    (out / f"report-{rank}.json").write_text(json.dumps(report))
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
 
+
+def whole(out: Path, rank: int) -> dict[str, Any]:
+    """One run from its start to its end, and what is refused before and after it."""
+    raised = refusals(out / "raised")
     trainer = make_trainer(out / "whole", seed=rank, trainer=CountingTrainer, **SHARDED)
     before = trainer.evaluate()
     trainer.train()
     trainer.save_model()
     frozen = [p for p in trainer.model.parameters() if not p.requires_grad]
-    report |= {
-        "unsharded": [n for n, p in trainer.model.named_parameters() if isinstance(p, DTensor) == p.requires_grad],
+    report = {
+        "raised": raised,
+        "misplaced": [n for n, p in trainer.model.named_parameters() if isinstance(p, DTensor) == p.requires_grad],
         "local": sum(p.to_local().nbytes for p in frozen if isinstance(p, DTensor)),
         "whole": sum(p.nbytes for p in frozen),
         "drawn": trainer.drawn,
         "passes": list(trainer.passes),
         "evaluated": [before["eval_loss"], trainer.evaluate()["eval_loss"]],
+        "losses": losses_of(trainer, "causal_lm"),
     }
     save_file(trained(trainer), out / f"whole-{rank}.safetensors")
+    for name, action in {
+        "again": lambda: make_trainer(out / "again", model=trainer.model, **SHARDED),
+        "generate": lambda: trainer.model.generate(input_ids=torch.tensor([[7, 8]]), max_new_tokens=2),
+        "tune_on": trainer.tune_on,
+    }.items():
+        try:
+            action()
+        except DPZeroError as error:
+            raised[name] = str(error)
+    return report
 
-    try:
-        make_trainer(out / "again", model=trainer.model, **SHARDED)
-    except DPZeroError as error:
-        report["raised"]["again"] = str(error)
+
+def kinds(out: Path, rank: int) -> dict[str, Any]:
+    """Other models and units."""
+    losses = {kind: losses_of(make_trainer(out / "losses", kind, **how), kind) for kind, how in KINDS.items()}
 
     # Kept whole from the first call on, where reading weights to save them would make one process gather them alone.
     trainer = make_trainer(out / "kept", seed=rank, **KINDS["kept"])
@@ -222,8 +239,7 @@ def main() -> None:
     trainer = make_trainer(out / "private", seed=rank, config=private, **SHARDED)
     trainer.train()
     trainer.save_model()
-    (out / f"report-{rank}.json").write_text(json.dumps(report))
-    trainer.accelerator.end_training()
+    return {"losses": losses}
 
 
 if __name__ == "__main__":
