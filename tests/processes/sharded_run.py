@@ -1,8 +1,8 @@
 """One rank of the sharding tests: `accelerate launch --multi_gpu --num_processes P sharded_run.py OUT`.
 
 Trains a tiny model whose frozen weights are sharded, and leaves what this rank saw and ended with in OUT. `--kill`
-sends the last rank a SIGKILL inside a pass of one step, and `--resume` goes on from there. `--bad-row` gives the data a
-row that cannot be read. `--kinds` tries other models and units, and settings that are left open.
+sends the last rank a SIGKILL inside a pass of one step, and `--resume` goes on from there. `--bad-row` gives the data
+rows that cannot be read. `--kinds` tries other models and units, and settings that are left open.
 """
 
 from __future__ import annotations
@@ -155,8 +155,8 @@ def refusals(folder: Path) -> dict[str, str]:
     return raised
 
 
-def fails_on_the_last_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    if rows[0]["input_ids"] == rows_of("causal_lm")[-1]["input_ids"]:
+def fails_on_long_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    if len(rows[0]["input_ids"]) == 11:
         raise ValueError("a private text")
     return dict(default_data_collator(rows))
 
@@ -178,7 +178,7 @@ def main() -> None:
         make_trainer(out / "killed", callbacks=callbacks).train()
         return
     if options.bad_row:
-        make_trainer(out / "bad", data_collator=fails_on_the_last_row).train()
+        make_trainer(out / "bad", data_collator=fails_on_long_rows).train()
         return
     if options.resume:
         resumed = make_trainer(out / "killed", seed=rank)
