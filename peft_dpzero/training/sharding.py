@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -53,6 +54,8 @@ def sharding_asked(args: Any) -> FullyShardedDataParallelPlugin | None:
             "fsdp with CPU offloading is not supported: leave cpu_offload (fsdp_offload_params) out, and use more "
             "processes."
         )
+    if plugin.activation_checkpointing:
+        warnings.warn("activation_checkpointing is switched off: there is no backward pass.", stacklevel=3)
     return plugin
 
 
@@ -76,8 +79,7 @@ def check_sharded_run(trainer: Any) -> None:
         (trainer._compiles, "a compiled model is not gathered unit by unit: leave torch_compile out."),
         (
             trainer.public_text is not None,
-            "public_text needs backward passes over the whole model: leave it out, or make a journal's basis on a "
-            "device that the model fits on.",
+            "public_text needs backward passes over the whole model: leave it out.",
         ),
         (
             trainer.dpzero_config.minutes is not None,
@@ -168,7 +170,7 @@ def shard(model: Any, plugin: FullyShardedDataParallelPlugin, processes: Acceler
             if parameter not in kept and not isinstance(parameter, DTensor):
                 _take_first(parameter, device)
         fully_shard(unit, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward, ignored_params=kept)
-    _Order(model, units)
+    UnitOrder(model, units)
 
 
 def reshard(model: nn.Module) -> None:
@@ -237,10 +239,14 @@ def _kept_whole(model: Any) -> set[nn.Parameter]:
     return trained.union(*(module.parameters() for module in adapted))
 
 
-class _Order:
+class UnitOrder:
     """Stops a pass whose units run in another order than those of the first pass, before it gathers anything.
 
     A process that gathered another unit than the others would compute with what they sent: rows would meet.
+
+    Args:
+        model: whose calls are passes.
+        units: the modules that are gathered at once, within it.
     """
 
     def __init__(self, model: nn.Module, units: list[nn.Module]) -> None:

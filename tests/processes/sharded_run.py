@@ -40,12 +40,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "kept": {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": False}},
     "by_size": {"fsdp": True, "fsdp_config": {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 500}},
     "masked_lm": SHARDED,
+    "bfloat16": SHARDED,
 }
 
 
 def model_of(kind: str, seed: int = 0, r: int = 2) -> PeftModel:
     """The same base for every seed, with an adapter that differs."""
     base = tiny.tiny_model(kind if kind in tiny.LORA_TARGETS else "causal_lm")
+    if kind == "bfloat16":
+        base = base.to(torch.bfloat16)
     torch.manual_seed(seed)
     heads = ["classifier"] if kind == "classifier" else None
     targets = tiny.LORA_TARGETS.get(kind, ["q_proj", "v_proj"])
@@ -197,7 +200,11 @@ def main() -> None:
 def whole(out: Path, rank: int) -> dict[str, Any]:
     """One run from its start to its end, and what is refused before and after it."""
     raised = refusals(out / "raised")
-    trainer = make_trainer(out / "whole", seed=rank, trainer=CountingTrainer, **SHARDED)
+    model = model_of("causal_lm", seed=rank)
+    for parameter in model.parameters() if rank else ():
+        # All take the first one's.
+        parameter.data.zero_()
+    trainer = make_trainer(out / "whole", model=model, trainer=CountingTrainer, **SHARDED)
     before = trainer.evaluate()
     trainer.train()
     trainer.save_model()

@@ -20,9 +20,9 @@ from peft_dpzero.checks.passes import TriedModel
 from peft_dpzero.cli.app import run as command_line
 from peft_dpzero.estimation.losses import Losses
 from peft_dpzero.release.journal import read_journal
-from peft_dpzero.training.sharding import check_parallelism, sharding_asked
+from peft_dpzero.training.sharding import UnitOrder, check_parallelism, sharding_asked
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import sharded_run
 from sharded_run import KILLED_IN, KINDS, STEPS
@@ -242,3 +242,38 @@ def test_an_accelerator_of_fsdp_is_refused() -> None:
     accelerator: Any = SimpleNamespace(parallelism_config=None, num_processes=4, distributed_type="FSDP")
     with pytest.raises(DPZeroError, match="made before"):
         check_parallelism(accelerator)
+
+
+class Skipping(nn.Module):
+    """Runs its second layer for some rows only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, row: Tensor) -> Tensor:
+        hidden: Tensor = self.first(row)
+        return self.second(hidden) if row.sum() > 0 else hidden
+
+
+@pytest.mark.parametrize("first", [1.0, -1.0])
+def test_a_pass_in_another_order_stops_before_it_gathers(first: float) -> None:
+    model = Skipping()
+    UnitOrder(model, [model.first, model.second])
+    gathered: list[nn.Module] = []
+    model.second.register_forward_pre_hook(lambda module, args: gathered.append(module))
+    for _ in range(2):
+        model(torch.full((1, 2), first))
+    before = len(gathered)
+    with pytest.raises(DPZeroError, match="out of turn"):
+        model(torch.full((1, 2), -first))
+    assert len(gathered) == before
+    # The next pass starts anew.
+    model(torch.full((1, 2), first))
+
+
+def test_a_unit_outside_of_a_pass_is_refused() -> None:
+    model = Skipping()
+    UnitOrder(model, [model.first, model.second])
+    with pytest.raises(DPZeroError, match="outside a pass"):
+        model.second(torch.ones(1, 2))
