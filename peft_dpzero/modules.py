@@ -1,4 +1,4 @@
-"""Modules: adapters' base layers, and forwards that are replaced or watched for a while."""
+"""Modules: adapters' base layers, weights that are sharded, and forwards that are replaced or watched for a while."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 Forward = Callable[..., Any]
@@ -16,6 +18,21 @@ def base_layer(layer: Any) -> nn.Module:
     """The layer that a layer of PEFT's adapts."""
     base: nn.Module = layer.get_base_layer()
     return base
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether frozen weights of `model` are split among processes, which then run as many passes each (FSDP2)."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def class_of(module: nn.Module) -> type:
+    """The class of a module, also of one that FSDP2 has given a class of its own."""
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """`tensor` itself, or the whole of which every process holds a part: all of them call this at the same point."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager

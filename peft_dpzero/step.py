@@ -16,7 +16,7 @@ Steps 1 to 6 are `PrivateStep`; step 7 is `DPZeroOptimizer.step`, under any sche
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from accelerate import Accelerator
@@ -25,7 +25,7 @@ from torch import nn
 from peft_dpzero.checks.agreement import check_agreement
 from peft_dpzero.errors import DPZeroError, PrivateStepError
 from peft_dpzero.estimation.batching import LogicalBatches
-from peft_dpzero.estimation.differences import estimate_differences
+from peft_dpzero.estimation.differences import estimate_differences, points_of
 from peft_dpzero.estimation.losses import Losses
 from peft_dpzero.mechanism.plan import PrivacyPlan
 from peft_dpzero.mechanism.private_sum import PrivateSum
@@ -59,6 +59,8 @@ class PrivateStep:
         journal: where each release is written before it is used; None on processes that write nothing.
         segments: the journal's, with the releases made before a crash: they are applied again, not made again.
         accelerator: for several processes.
+        idle: a pass over a made-up row, where every pass takes all processes: those that draw fewer rows than others
+            fill up with it. None lets each run as many passes as it has.
 
     Attributes:
         made: how many steps of the run are released.
@@ -81,6 +83,7 @@ class PrivateStep:
         journal: Journal | None = None,
         segments: Sequence[JournalSegment] = (),
         accelerator: Accelerator | None = None,
+        idle: Callable[[], object] | None = None,
     ) -> None:
         self.model = model
         self.config = plan.config.settled()
@@ -91,6 +94,7 @@ class PrivateStep:
         self.optimizer = optimizer
         self.journal = journal
         self.processes = AcceleratedProcesses(accelerator) if accelerator is not None else None
+        self._idle = idle
         self.mechanism = PrivateSum(self.config, plan.expected_batch_size, self.processes, plan.loss_interval)
         self.replayed = replayed_releases(segments, self.mechanism)
         self.made = max(len(self.replayed), plan.first_step)
@@ -125,15 +129,20 @@ class PrivateStep:
         self.model.eval()
         failure: PrivateStepError | None = None
         try:
+            batch = self.batches.draw(step)
+            lacking = self._lacking(len(batch.micro_batches))
             differences = estimate_differences(
                 self.losses,
-                self.batches.draw(step),
+                batch,
                 self.perturbation,
                 step=step,
                 num_directions=self.config.num_directions,
                 smoothing_parameter=self.config.smoothing_parameter,
                 difference=self.config.difference,
             )
+            for _ in range(lacking):
+                assert self._idle is not None
+                self._idle()
         except DPZeroError:
             raise
         except Exception as error:
@@ -145,3 +154,10 @@ class PrivateStep:
         self.made = step + 1
         released = self.mechanism.release(step, differences)
         return StepReport(Estimate(released, self.perturbation), self.mechanism.raw_loss(differences))
+
+    def _lacking(self, micro_batches: int) -> int:
+        """How many passes this process runs less than another, if all must run as many."""
+        if self._idle is None or self.processes is None:
+            return 0
+        points = points_of(self.config.num_directions, self.config.smoothing_parameter, self.config.difference)
+        return len(points) * (self.processes.largest(micro_batches) - micro_batches)

@@ -14,6 +14,7 @@ from torch import nn
 from peft_dpzero.estimation.preferences import PairTask
 from peft_dpzero.estimation.tasks import ClassificationTask, FunctionTask, Seq2SeqTask, Task, TokenTask
 from peft_dpzero.estimation.verbalizer import Verbalizer
+from peft_dpzero.modules import class_of
 
 # Tasks that read a row's loss from that row's outputs and labels alone.
 ROWWISE_TASKS = (TokenTask, Seq2SeqTask, ClassificationTask, Verbalizer, FunctionTask)
@@ -61,7 +62,7 @@ def reason_to_separate(model: Any, task: Task) -> str | None:
 
 
 def _is_known(module: nn.Module) -> bool:
-    where = type(module).__module__
+    where = class_of(module).__module__
     if where.startswith((*_STOCK, *_ADAPTERS)):
         return True
     parts = where.split(".")

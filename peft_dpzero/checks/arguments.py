@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from peft_dpzero.errors import DPZeroError
@@ -17,7 +18,6 @@ OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 # (argument of TrainingArguments, is it set?, why it is refused and what to do)
 _REFUSED_ARGUMENTS: Sequence[tuple[str, Callable[[Any], bool], str]] = (
     ("deepspeed", bool, "DeepSpeed shards the parameters that are perturbed: use accelerate launch without it."),
-    ("fsdp", bool, "FSDP shards the parameters that are perturbed: use accelerate launch without it."),
     ("fp16", bool, "its gradient scaler needs a backward pass: use bf16=True or float32."),
     (
         "optim",
@@ -61,8 +61,12 @@ def check_arguments(args: Any) -> None:
 
 
 def forward_only(args: Any) -> Any:
-    """A copy of the training arguments `args` without what serves a backward pass or measures private data."""
+    """A copy of the training arguments `args` without what serves a backward pass or measures private data.
+
+    Nor does it ask for FSDP, which is not the Trainer's affair: it would shard what is trained.
+    """
     args = copy.copy(args)
+    args.fsdp, args.fsdp_plugin_args = None, None
     # One item of the loop is one logical batch, and there are no gradients to clip.
     args.gradient_accumulation_steps = 1
     args.max_grad_norm = 0.0
@@ -102,7 +106,9 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _parts(tensor: Any) -> Iterator[Tensor]:
-    """The plain tensors that a quantized one is made of, or the tensor itself."""
+    """The plain tensors that a quantized one is made of, this process's part of a sharded one, or the tensor itself."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()
     if not is_traceable_wrapper_subclass(tensor):
         yield tensor
         return

@@ -13,11 +13,13 @@ from peft_dpzero.checks.probe import Probe
 from peft_dpzero.checks.quantized import check_quantization
 from peft_dpzero.checks.shortcuts import find_streamed
 from peft_dpzero.config import DPZeroConfig, SettledConfig
+from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.losses import Losses, MicroBatch
 from peft_dpzero.estimation.preferences import PairTask
 from peft_dpzero.estimation.shapes import Shapes, row_counts
 from peft_dpzero.estimation.shortcuts.stacked_4bit import stack_4bit_products
 from peft_dpzero.estimation.tasks import Task
+from peft_dpzero.modules import is_sharded
 from peft_dpzero.perturbation.perturbation import Perturbation
 
 
@@ -29,11 +31,14 @@ class Passes:
         losses: their losses.
         shapes: how rows are padded, and which share a pass.
         streamed: names of the parameters that are perturbed where they are used, piece by piece.
+        idle: a pass over a made-up row, for a process that has fewer than others; None if each may run as many as it
+            has.
     """
 
     losses: Losses
     shapes: Shapes
     streamed: frozenset[str] = frozenset()
+    idle: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,9 @@ def try_model(
 ) -> TriedModel:
     """Tries what the model allows, with rows that are made up.
 
+    A sharded model allows plain passes only: what makes others cheaper reads weights outside their module's call, where
+    a process holds a part of them. All processes call this at the same point.
+
     Args:
         perturbation: over the model, which is as it will be in the run; it is put into eval mode.
         task: how losses are read.
@@ -107,6 +115,8 @@ def try_model(
     check_quantization(model)
     shapes = Shapes(1, 1, max_length=config.max_length, alone=not asserted, exact=not compiles)
     if not Probe.suits(model):
+        if is_sharded(model):
+            raise DPZeroError("fsdp needs a model that reads tokens: for another, idle processes have no row to run.")
         if not asserted:
             _warn_of_single_rows("the model reads no tokens, so that nothing can be tried on made-up ones")
         return TriedModel(Passes(Losses(model, task, place), shapes), None)
@@ -118,6 +128,8 @@ def try_model(
     if probe.reason is not None and not isinstance(task, PairTask):
         _warn_of_single_rows(probe.reason)
     probe.check_reach(perturbation)
+    if is_sharded(model):
+        return TriedModel(Passes(Losses(model, task, place), shapes, idle=probe.idle()), probe)
     losses = probe.losses(perturbation, place)
     # A compiled model would be compiled again with every micro-batch.
     streamed = frozenset() if compiles else find_streamed(perturbation, probe.run)

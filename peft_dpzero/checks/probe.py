@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -131,6 +132,10 @@ class Probe:
         trials = Trials(self.model, self.task, batch, lone, perturbation, self._tolerance / 30)
         found = find_shortcuts(trials, find_trunk(self.model, perturbation, self.run), self.run)
         return Losses(self.model, self.task, place, found)
+
+    def idle(self) -> Callable[[], object]:
+        """A pass over a made-up row of which no loss is read."""
+        return partial(Losses(self.model, _Unread(), dict), self.data.batch(self.data.alone(0)))
 
     def tried_shapes(self, perturbation: Perturbation, losses: Losses, shapes: Shapes, config: SettledConfig) -> Shapes:
         """`shapes` with the padded lengths, and the numbers of rows, at which rows may share a pass: those at which no
@@ -265,6 +270,11 @@ class Probe:
         with watched(self.model) as seen:
             self._read(probed)
         return {call: self.data.own_part(output, probed) for call, output in seen.items()}
+
+
+class _Unread(Task):
+    def losses(self, outputs: Any, batch: Mapping[str, Any]) -> Tensor:
+        return torch.zeros(len(batch["input_ids"]))
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from peft_dpzero.errors import DPZeroError
+from peft_dpzero.modules import whole
 from peft_dpzero.perturbation.perturbation import Perturbation
 
 ADAPTER_NAME = "adapter_model.safetensors"
@@ -46,12 +47,15 @@ def file_digest(path: Path) -> str:
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of `tensors`, in their order."""
+    """SHA-256 over the names, dtypes, shapes and bytes of `tensors`, in their order.
+
+    Sharded ones are gathered one by one, so that all processes must take part; the digest is that of the whole.
+    """
     total = hashlib.sha256()
     for name, tensor in tensors:
         dtype = str(tensor.dtype).removeprefix("torch.")
         total.update(json.dumps([name, dtype, list(tensor.shape)]).encode())
-        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+        flat = whole(tensor.detach()).to("cpu").contiguous().reshape(-1)
         total.update(flat.view(torch.uint8).numpy().data)
     return total.hexdigest()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from peft_dpzero.release.digests import digest
 
@@ -65,7 +66,7 @@ def _unreadable(model: nn.Module, tensors: Mapping[str, Tensor]) -> str | None:
     if any(tensor.is_meta for tensor in tensors.values()):
         return "weights of the base were offloaded"
     # Libraries that quantize keep weights in tensor classes of their own, or name themselves in the model.
-    owned = any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors.values())
+    owned = any(type(tensor) not in (Tensor, nn.Parameter, DTensor) for tensor in tensors.values())
     if owned or any(getattr(module, "hf_quantizer", None) is not None for module in model.modules()):
         return "the base was quantized"
     return None

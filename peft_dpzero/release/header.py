@@ -10,6 +10,7 @@ from typing import Any
 from peft_dpzero.config import SettledConfig
 from peft_dpzero.mechanism.accountant import Segment
 from peft_dpzero.mechanism.plan import PrivacyPlan
+from peft_dpzero.modules import class_of
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.release.adapter import adapter_header
 from peft_dpzero.release.digests import parameters_digest
@@ -34,6 +35,7 @@ def plan_header(
     model: Any = None,
     start: str | None = None,
     chosen: dict[str, Any] | None = None,
+    frozen: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All that replaying, accounting and checking need, JSON-ready.
 
@@ -44,6 +46,7 @@ def plan_header(
         model: the model. Its class and number of labels are noted, so that its base can be built again, with its
             adapter's configuration and a hash of its frozen weights. None takes the one that `perturbation` is over.
         chosen: the settings that were chosen and not given, and what from.
+        frozen: from `frozen_header`, if all processes had to take part; None makes it here.
         start: digest of the trained parameters at the start of the run; None takes them as they are now.
     """
     model = perturbation.model if model is None else model
@@ -60,14 +63,14 @@ def plan_header(
         "steps": plan.steps,
         "loss_interval": plan.loss_interval,
         "model": {
-            "class": type(base).__name__,
+            "class": class_of(base).__name__,
             "num_labels": getattr(getattr(base, "config", None), "num_labels", None),
         },
         "trainable": [
             [name, str(p.dtype).removeprefix("torch."), list(p.shape)] for name, p in perturbation.parameters.items()
         ],
         "adapter": adapter_header(model),
-        "frozen": frozen_header(model, perturbation.parameters),
+        "frozen": frozen_header(model, perturbation.parameters) if frozen is None else frozen,
         "basis": None if perturbation.basis is None else perturbation.basis.digest(),
         "optimizer": optimizer.settings(perturbation),
         "start": parameters_digest(perturbation) if start is None else start,

@@ -38,6 +38,7 @@ def enter_journal(
     optimizer: DPZeroOptimizer,
     chosen: dict[str, Any] | None,
     at_checkpoint: bool,
+    frozen: dict[str, Any] | None = None,
 ) -> None:
     """Writes the header of the releases to come, or checks the one that is there.
 
@@ -48,6 +49,7 @@ def enter_journal(
         optimizer: what applies the releases.
         chosen: the settings that were chosen before training.
         at_checkpoint: whether parameters stay where a checkpoint has put them, or will.
+        frozen: what the header says of frozen weights, if one process cannot read them; see `plan_header`.
 
     Raises:
         DPZeroError: the journal is of a run with other settings, or the start is not that run's.
@@ -61,5 +63,5 @@ def enter_journal(
         save_basis(perturbation.basis, folder)
     elif not at_checkpoint:
         load_start(perturbation, folder, start)
-    header = plan_header(plan, perturbation, optimizer, model, start, chosen)
+    header = plan_header(plan, perturbation, optimizer, model, start, chosen, frozen)
     journal.begin(header if first is None else in_version(header, first["format_version"]))

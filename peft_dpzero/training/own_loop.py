@@ -29,6 +29,7 @@ from peft_dpzero.release.optimizer import DPZeroOptimizer
 from peft_dpzero.release.staging import put_in_place, staging
 from peft_dpzero.training.run import RunOnDisk
 from peft_dpzero.training.settling import find_settings, rows_to_measure
+from peft_dpzero.training.sharding import check_whole
 
 
 class Run(RunOnDisk):
@@ -62,6 +63,7 @@ class Run(RunOnDisk):
             raise DPZeroError("minutes is for DPZeroTrainer: here steps and expected_batch_size are yours.")
         if is_compiled_module(model):
             raise DPZeroError("A compiled model is trained by DPZeroTrainer: pass the model itself here.")
+        check_whole(model)
         check_collator(collate)
         check_weights(model)
         with self.opened(folder, resume=True):

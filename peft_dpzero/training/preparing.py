@@ -17,6 +17,7 @@ from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.losses import Losses, MicroBatch, Shortcuts
 from peft_dpzero.estimation.tasks import Task
+from peft_dpzero.modules import is_sharded
 from peft_dpzero.perturbation.basis import Basis
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.public.basis import find_basis
@@ -75,7 +76,7 @@ class PreparingMixin(_Host):  # type: ignore[misc]
             found.append(measured.passes)
             return measured.settings
 
-        run.take_settings(settings)
+        run.take_settings(settings, in_step=is_sharded(self.model))
         if run.chosen is not None:
             self._follow(run.chosen)
         # What was measured on one process may be no other's.
@@ -89,8 +90,11 @@ class PreparingMixin(_Host):  # type: ignore[misc]
             minutes: how long training may take on this machine, unless the config says.
 
         Raises:
-            DPZeroError: `public_dataset` is the training data, or the losses of its rows cannot be measured.
+            DPZeroError: `public_dataset` is the training data, the losses of its rows cannot be measured, or the model
+                is sharded.
         """
+        if is_sharded(self.model):
+            raise DPZeroError("tune_on times the passes of one process, and with fsdp all run together: leave it out.")
         check_public(public_dataset, self.train_dataset)
         if not self._compiles:
             self.accelerator.prepare_model(self.model.eval())

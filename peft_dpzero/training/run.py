@@ -23,11 +23,13 @@ from peft_dpzero.estimation.shapes import Shapes
 from peft_dpzero.estimation.units import units_by_column
 from peft_dpzero.mechanism.plan import PrivacyPlan
 from peft_dpzero.mechanism.private_sum import Released
+from peft_dpzero.modules import is_sharded
 from peft_dpzero.perturbation.basis import Basis
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.processes import AcceleratedProcesses
 from peft_dpzero.public.settings import Settings
 from peft_dpzero.release.bundle import EVIDENCE
+from peft_dpzero.release.frozen import frozen_header
 from peft_dpzero.release.journal import Journal, JournalSegment
 from peft_dpzero.release.ledger import record_of
 from peft_dpzero.release.optimizer import DPZeroOptimizer
@@ -38,6 +40,7 @@ from peft_dpzero.training.agreed_basis import agreed_basis
 from peft_dpzero.training.entering import enter_journal, open_journal
 from peft_dpzero.training.planning import plan_for, steps_of
 from peft_dpzero.training.settling import Sizes, settings_of
+from peft_dpzero.training.sharding import reshard
 
 
 class RunOnDisk:
@@ -124,8 +127,12 @@ class RunOnDisk:
         distribution = config.direction_distribution or DEFAULT_DISTRIBUTION
         return Perturbation(model, config.direction_seed, distribution, streamed, self.basis)
 
-    def take_settings(self, find: Callable[[], Settings | None]) -> None:
-        """Gives a new run the settings that `find` makes, where the config leaves them open.
+    def take_settings(self, find: Callable[[], Settings | None], in_step: bool = False) -> None:
+        """Gives a new run the settings that `find` makes on the first process, where the config leaves them open.
+
+        Args:
+            find: measures, without a private row.
+            in_step: whether it runs on all processes, since its passes take all of them.
 
         Raises:
             DPZeroError: a run that goes on was made with settings that were given, and now they are not.
@@ -136,7 +143,8 @@ class RunOnDisk:
                     "The run that goes on was made with clipping_threshold and smoothing_parameter given."
                 )
         elif not self.config.is_settled or self.config.minutes is not None:
-            self._settle(self.processes.on_main(find))
+            found = find() if in_step else None
+            self._settle(self.processes.on_main(lambda: found if in_step else find()))
             self._plan = self._plan_for()
 
     def take_basis(self, find: Callable[[], Basis] | None = None) -> None:
@@ -193,7 +201,17 @@ class RunOnDisk:
             DPZeroError: the journal is of a run with other settings, or the start is not that run's.
         """
         optimizer.state.clear()
-        self.segments = self.processes.on_main(lambda: self._entered(perturbation, optimizer, at_checkpoint).segments)
+        frozen = None
+        if is_sharded(model := perturbation.model):
+            reshard(model)
+            frozen = frozen_header(model, perturbation.parameters)
+
+        def entered() -> list[JournalSegment]:
+            assert self.journal is not None
+            enter_journal(self.journal, self.plan, perturbation, optimizer, self._chosen, at_checkpoint, frozen)
+            return self.journal.segments
+
+        self.segments = self.processes.on_main(entered)
 
     def batches(self, dataset: Any, collate: Collator, shapes: Shapes, secret: bytes | None = None) -> LogicalBatches:
         """This process's share of the run's private batches.
@@ -215,6 +233,7 @@ class RunOnDisk:
         losses: Losses,
         perturbation: Perturbation,
         optimizer: DPZeroOptimizer,
+        idle: Callable[[], object] | None = None,
     ) -> None:
         """Connects what a step is made of. Arguments as for `PrivateStep`."""
         self.step = PrivateStep(
@@ -227,6 +246,7 @@ class RunOnDisk:
             journal=self.journal,
             segments=self.segments,
             accelerator=self.accelerator,
+            idle=idle,
         )
         made = {replayed.released.step + 1: replayed.released.loss for replayed in self.step.replayed}
         self.losses = {done: loss for done, loss in made.items() if loss is not None}
@@ -298,9 +318,4 @@ class RunOnDisk:
 
     def _opened_journal(self, folder: Path, resume: bool) -> Journal:
         self.journal = open_journal(folder, resume)
-        return self.journal
-
-    def _entered(self, perturbation: Perturbation, optimizer: DPZeroOptimizer, at_checkpoint: bool) -> Journal:
-        assert self.journal is not None
-        enter_journal(self.journal, self.plan, perturbation, optimizer, self._chosen, at_checkpoint)
         return self.journal

@@ -21,6 +21,7 @@ from peft_dpzero.release.card import card_fields, save_card
 from peft_dpzero.release.picture import save_picture
 from peft_dpzero.release.staging import put_in_place, staging
 from peft_dpzero.training.run import RunOnDisk
+from peft_dpzero.training.sharding import reshard
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Host
@@ -46,6 +47,7 @@ class SavingMixin(_Host):  # type: ignore[misc]
         raise NotImplementedError
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Any] | None = None) -> None:
+        reshard(self.model)
         if self.args.should_save:
             with self._saving(Path(output_dir or self.args.output_dir)) as folder:
                 self._plain_model.save_pretrained(folder, state_dict=state_dict)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_compiled_module
+from accelerate.utils import is_compiled_module, patch_environment
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments
@@ -34,7 +34,7 @@ from peft_dpzero.estimation.sampling import seeded_secret
 from peft_dpzero.estimation.tasks import Task, as_task
 from peft_dpzero.mechanism.plan import PrivacyPlan
 from peft_dpzero.mechanism.private_sum import Released
-from peft_dpzero.processes import check_processes
+from peft_dpzero.processes import AcceleratedProcesses, check_processes
 from peft_dpzero.release.digests import parameters_digest
 from peft_dpzero.release.optimizer import Estimate
 from peft_dpzero.training.checkpoints import checkpoint_step, checkpoint_to_resume
@@ -48,6 +48,7 @@ from peft_dpzero.training.reporting import ReportingMixin
 from peft_dpzero.training.run import RunOnDisk
 from peft_dpzero.training.saving import SavingMixin
 from peft_dpzero.training.settling import Given
+from peft_dpzero.training.sharding import check_parallelism, check_sharded_run, check_whole, shard, sharding_asked
 
 
 class DPZeroTrainerMixin(PreparingMixin, SavingMixin, ReportingMixin):
@@ -58,7 +59,7 @@ class DPZeroTrainerMixin(PreparingMixin, SavingMixin, ReportingMixin):
 
     Args:
         model: as for the Trainer.
-        args: as for the Trainer.
+        args: as for the Trainer. With `fsdp` frozen weights are sharded, from here on, and what is trained is not.
         dpzero_config: the mechanism and its budget.
         per_example_loss: a `Task` (for example `Verbalizer`), or a function `(outputs, labels) → (batch,)`, which
             need not be differentiable. None takes the loss of the model's class.
@@ -98,6 +99,7 @@ class DPZeroTrainerMixin(PreparingMixin, SavingMixin, ReportingMixin):
         check_host(type(self), args, model, options, has_loss=per_example_loss is not None)
         args = TrainingArguments("trainer_output") if args is None else args
         check_arguments(args)
+        self._sharding = sharding_asked(args)
         check_processes(args.world_size, args.world_size)
         self._given = Given.of(args, kwargs.get("optimizers"))
         self.dpzero_config = dpzero_config
@@ -126,6 +128,10 @@ class DPZeroTrainerMixin(PreparingMixin, SavingMixin, ReportingMixin):
         check_compiled_parts(self.model)
         bring_trained_into_memory(self.model)
         self.task = preference_task(self) or as_task(per_example_loss, self.model)
+        check_whole(self.model)
+        if self._sharding is not None:
+            check_sharded_run(self)
+            shard(self.model, self._sharding, AcceleratedProcesses(self.accelerator))
         self.release_listeners: list[Callable[[Released], None]] = []
         self._estimate: Estimate | None = None
         self._metric_prefixes = {"eval"}
@@ -232,7 +238,7 @@ class DPZeroTrainerMixin(PreparingMixin, SavingMixin, ReportingMixin):
         dataset, collate = self._sampled()
         secret = seeded_secret(self.args.seed) if self.dpzero_config.deterministic else None
         batches = run.batches(dataset, collate, passes.shapes, secret)
-        run.begin(model, batches, losses, perturbation, self._dpzero_optimizer)
+        run.begin(model, batches, losses, perturbation, self._dpzero_optimizer, passes.idle)
 
     def private_collator(self) -> Callable[[list[Any]], dict[str, Any]]:
         """Makes what goes through the model of a row as it was given: columns that the model does not take are left
@@ -302,14 +308,17 @@ class DPZeroTrainerMixin(PreparingMixin, SavingMixin, ReportingMixin):
         return estimate
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As in the Trainer, but models are never wrapped in DDP: nothing is synchronized but the K sums."""
-        super().create_accelerator_and_postprocess()
+        """As in the Trainer, but models are never wrapped: nothing is synchronized but the K sums."""
+        # Accelerate's FSDP would shard what is trained, too.
+        with patch_environment(ACCELERATE_USE_FSDP="false"):
+            super().create_accelerator_and_postprocess()
+        check_parallelism(self.accelerator)
         self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         if self.model is not None and is_offloaded(self.model):
             self.accelerator.device_placement = False
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        if not is_offloaded(model):
+        if not is_offloaded(model) and self._sharding is None:
             super()._move_model_to_device(model, device)
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:

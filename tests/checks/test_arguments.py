@@ -69,7 +69,6 @@ def refused(folder: Path, words: str, model: Any = None, dpzero: DPZeroConfig | 
     ("name", "value"),
     [
         ("deepspeed", "config.json"),
-        ("fsdp", ["full_shard"]),
         ("fp16", True),
         ("neftune_noise_alpha", 5.0),
         ("auto_find_batch_size", True),
