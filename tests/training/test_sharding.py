@@ -49,7 +49,7 @@ class PlainTrainer(DPZeroTrainer):
         return replace(tried, passes=replace(tried.passes, losses=plain))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param(PROCESSES, marks=pytest.mark.slow)])
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     result = launch(folder, how=["--multi_gpu"])
