@@ -40,7 +40,7 @@ from workloads import ROOT, causal_lm
 
 MODES = {"upper": "LoRA in the upper third", "full": "all parameters"}
 # Rows, directions, repeats and workers that are measured.
-MEASURED = {"rows": (32, 64, 128), "directions": (1, 4), "repeats": 4, "workers": (1, 2, 4), "steps": 8}
+MEASURED = {"rows": (32, 64, 128), "directions": (1, 2, 4), "repeats": 4, "workers": (1, 2, 4), "steps": 8}
 QUICK = {"rows": (4, 8), "directions": (1, 2), "repeats": 1, "workers": (1,), "steps": 1}
 # What the tables are of: B and K by mode, and W.
 SIZES = {"upper": (1024, 64), "full": (1024, 4)}
@@ -73,12 +73,12 @@ def constants(mode: str, sizes: dict[str, Any]) -> tuple[Worker, float]:
             if number:
                 taken.append((one_worker.rows_of(ours, number), directions, spent))
                 updates.append(_update_seconds(ours) / directions)
+    updating = statistics.median(updates)
     design = np.array([(1, k, rows, rows * k) for rows, k, _ in taken], dtype=float)
-    times = np.array([time for *_, time in taken])
-    (fixed, direction, row, row_direction), residual = nnls(design, times)
-    updating = min(statistics.median(updates), direction)
+    times = np.array([spent for *_, spent in taken])
+    (fixed, perturbing, row, row_direction), residual = nnls(design, times - updating * design[:, 1])
     explained = 1 - residual**2 / float(((times - times.mean()) ** 2).sum())
-    return Worker(fixed, direction - updating, updating, row, row_direction), explained
+    return Worker(fixed, perturbing, updating, row, row_direction), explained
 
 
 def _update_seconds(ours: Ours) -> float:
