@@ -3,7 +3,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 REVIEWS := .cache/vaderSentiment-3.3.2.tar.gz
 
-.PHONY: demo test test-all lint docs unit slow zoo bench study notebook clean
+.PHONY: demo test test-all lint docs unit slow zoo bench scaling study notebook clean
 
 demo: $(VENV)/.ready $(REVIEWS)
 	$(RUN)/python integrations/trainer/sentiment.py --reviews $(REVIEWS) --output runs/demo
@@ -39,6 +39,10 @@ notebook: $(VENV)/.ready $(REVIEWS)
 # BENCH="--quick", BENCH="--only gemma_lora" and the like go through to the script.
 bench: $(VENV)/.bench $(REVIEWS)
 	PYTHONPATH=. $(RUN)/python benchmarks/run.py $(BENCH)
+
+# What a step costs over several workers: some minutes, on an idle machine.
+scaling: $(VENV)/.ready
+	PYTHONPATH=. $(RUN)/python benchmarks/workers.py --measure
 
 # QUICK=1 runs every method for moments, to see that it runs. STUDY="--tasks movies --budgets 2m --jobs 2" and the like
 # go through. What has been run stays: the same command goes on where it was.

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from peft_dpzero import DPZeroConfig, DPZeroSGD, make_plan
 from peft_dpzero.checks.probe import Probe
@@ -34,9 +35,9 @@ class Batches:
     def __call__(self, step: int) -> list[Row]:
         return [self.rows[i] for i in self.sampler.draw(step)]
 
-    def logical(self, shapes: Shapes) -> LogicalBatches:
-        """The same rows in micro-batches."""
-        return LogicalBatches(self.rows, self.sampler, self.workload.collate, shapes)
+    def logical(self, shapes: Shapes, rank: int = 0, workers: int = 1) -> LogicalBatches:
+        """The same rows in micro-batches: those of worker `rank`."""
+        return LogicalBatches(self.rows, self.sampler, self.workload.collate, shapes, rank, workers)
 
 
 class Ours:
@@ -48,6 +49,7 @@ class Ours:
         without: a field of `Shortcuts` that is switched off.
         streams: whether large θ is perturbed module by module, as in a run, or as a whole.
         like: another step over the workload, whose passes are taken untried, and whose optimizer.
+        accelerator: of the processes among which rows are split.
         settings: further fields of `DPZeroConfig`.
 
     Attributes:
@@ -61,6 +63,7 @@ class Ours:
         without: str | None = None,
         streams: bool = True,
         like: Ours | None = None,
+        accelerator: Accelerator | None = None,
         **settings: Any,
     ) -> None:
         fixed = {
@@ -70,6 +73,7 @@ class Ours:
             "smoothing_parameter": 1e-3,
         }
         config = DPZeroConfig(num_directions=num_directions, **(fixed | settings))
+        rank, workers = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
         plan = make_plan(config, len(workload.rows), workload.batch_size, STEPS)
         perturbation = Perturbation(workload.model, config.direction_seed, config.direction_distribution)
         self.optimizer = like.optimizer if like else DPZeroSGD(perturbation.parameters.values(), lr=1e-6)
@@ -79,7 +83,7 @@ class Ours:
         self.reason: str | None = like.reason if like else None
         if like is None:
             longest = max(len(row["input_ids"]) for row in workload.rows)
-            sizes = Shapes(workload.batch_size, workload.micro_batch_size, max_length=longest)
+            sizes = Shapes(workload.batch_size / workers, workload.micro_batch_size, max_length=longest)
             shapes = probe.fit_shapes(perturbation, sizes)
             losses = probe.losses(perturbation, partial(send_to_device, device=device))
             self.reason = probe.reason
@@ -95,7 +99,7 @@ class Ours:
             )
         self.losses = losses
         self.shapes = shapes if like else probe.tried_shapes(perturbation, losses, shapes, config.settled())
-        batches = Batches(workload).logical(self.shapes)
+        batches = Batches(workload).logical(self.shapes, rank, workers)
         self._new_step = partial(
             PrivateStep,
             workload.model,
@@ -104,6 +108,7 @@ class Ours:
             losses=losses,
             perturbation=perturbation,
             optimizer=self.optimizer,
+            accelerator=accelerator,
         )
         self.step = self._new_step()
 

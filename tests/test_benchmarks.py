@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft_dpzero.estimation.losses import Losses
@@ -15,10 +16,14 @@ from peft_dpzero.estimation.losses import Losses
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from transformers import OPTConfig, OPTForCausalLM, set_seed
 
+import cost_model
 import device_checks
 import floor
 import gpu
 import gpu_page
+import one_worker
+import workers
+from cost_model import Network, Worker
 from headlines import headlines
 from reference import Reference
 from timing import linear_fit, spread
@@ -122,3 +127,44 @@ def test_device_checks_see_planted_faults() -> None:
     assert device_checks.strangers(model, **settings)["differ"] == 0
     with device_checks.coupled(model):
         assert device_checks.strangers(model, **settings)["differ"] == 3
+
+
+def test_the_cost_of_workers_is_measured_and_modelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gc, "collect", lambda: 0)
+    monkeypatch.setitem(one_worker.SHAPE, "num_hidden_layers", 3)
+    monkeypatch.delitem(workers.MODES, "full")
+    output = tmp_path / "workers.json"
+    workers.main(["--quick", "--output", str(output)])
+    found = json.loads(output.read_text())
+    run = found["modes"]["upper"]
+    worker = Worker(**run["constants"])
+    assert worker.row_point > 0
+    assert min(run["constants"].values()) >= 0
+    assert [one["workers"] for one in run["checked"]] == [1]
+    assert workers.workers_table(found).count("\n") == 1 + len(workers.WORKERS)
+
+
+def test_workers_share_rows_or_directions() -> None:
+    worker, network = Worker(0.5, 0.1, 0.2, 1.0, 4.0), Network(latency=1e-3, bandwidth=1e6)
+    assert (worker.row_point, worker.trunk_share) == (3.0, 1 / 3)
+    alone = cost_model.data_parallel(100, 8, 1, worker, network)
+    assert alone == cost_model.direction_parallel(100, 8, 1, worker, network)
+    assert alone.seconds == pytest.approx(0.5 + 8 * (0.1 + 0.2) + 100 * (1.0 + 8 * 4.0))
+    by_rows, by_directions = (
+        parallel(100, 8, 4, worker, network) for parallel in (cost_model.data_parallel, cost_model.direction_parallel)
+    )
+    # Sums of 8 directions, once reduced and once broadcast; or 8 differences of each row, then the sums.
+    assert (by_rows.received, by_directions.received) == (8 * 8 * (1.5 + 1), 8 * 8 * (75 + 1))
+    assert by_directions.seconds - by_directions.received / 1e6 == pytest.approx(
+        0.5 + 2 * 0.1 + 8 * 0.2 + 100 * (1.0 + 2 * 4.0) + 5e-3
+    )
+    assert cost_model.direction_parallel(100, 8, 9, worker, network) == cost_model.direction_parallel(
+        100, 8, 8, worker, network
+    )
+
+
+def test_the_rows_of_the_busiest_worker() -> None:
+    assert cost_model.most_rows(30, 1) == pytest.approx(30)
+    drawn = np.random.default_rng(0).poisson(30 / 10, size=(20_000, 10)).max(axis=1)
+    assert cost_model.most_rows(30, 10) == pytest.approx(drawn.mean(), rel=0.01)
+    assert cost_model.most_rows(30, 10, together=4) == pytest.approx((-(-drawn // 4) * 4).mean(), rel=0.01)

@@ -3,16 +3,21 @@
 (`--multi_gpu` is what makes Accelerate start several processes, also for CPUs.)
 
 Trains a tiny model under DPZeroTrainer, whole and with an interruption, and leaves what this rank ended with in OUT.
-`--die exit|raise` makes the last rank fail at step 5 instead. `--disagree` gives it another run in several ways, and
-leaves what each rank raised.
+`--die WAY` makes the last rank fail at step 5 instead, or wait there for what the test does; `--resume` goes on from
+there. `--disagree` gives it another run in several ways, and leaves what each rank raised. `--wire` leaves how many
+bytes crossed this host's network interface.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import signal
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer
+from peft_dpzero.processes import AcceleratedProcesses
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,10 +37,18 @@ import tiny
 STEPS = 50
 NUM_DIRECTIONS = 3
 LOGICAL_BATCH = 12
+ROWS = 48
+OPTIONS: dict[str, Any] = {"noise_multiplier": 0.5, "target_delta": 1e-3}
 # The interrupted run stops here, ten releases after its last checkpoint.
 INTERRUPTED_AT = 30
 SAVE_STEPS = 20
 DIES_AT = 5
+# Of `--wire`: large enough that what they send stands out of what connections send besides.
+WIRE_RANK = 256
+WIRE_DIRECTIONS = 2048
+WIRE_STEPS = 3
+# Seconds after which no delayed acknowledgement is on its way.
+SETTLED = 0.2
 
 
 class Traffic(TorchDispatchMode):
@@ -95,6 +109,37 @@ def fail(control: Any) -> None:
     raise ValueError("this rank fails")
 
 
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def waiting(folder: Path) -> Callable[[Any], None]:
+    """Says that it waits, by a file in `folder`, and goes on when that file is gone."""
+
+    def wait(control: Any) -> None:
+        (folder / "waiting").touch()
+        while (folder / "waiting").exists():
+            time.sleep(0.01)
+
+    return wait
+
+
+def kill_in_sum(sent: bool) -> None:
+    """From now on this process is killed in step `DIES_AT`: before its part of the sum is sent, or after."""
+    whole, calls = AcceleratedProcesses.sum, itertools.count()
+
+    def cut_short(self: AcceleratedProcesses, tensor: Tensor) -> Tensor:
+        dies = next(calls) == DIES_AT
+        if dies and not sent:
+            kill()
+        total = whole(self, tensor)
+        if dies:
+            kill()
+        return total
+
+    AcceleratedProcesses.sum = cut_short  # type: ignore[method-assign]
+
+
 def lora_model(seed: int, r: int = 2) -> PeftModel:
     """The same base model for every seed, with an adapter that differs."""
     base = tiny.tiny_model("classifier")
@@ -112,33 +157,35 @@ def make_trainer(
     dataset: Dataset | None = None,
     model: PeftModel | None = None,
     threshold: float = 1.0,
+    num_directions: int = NUM_DIRECTIONS,
+    steps: int = STEPS,
+    private: bool = False,
+    trainer: type[CountingTrainer] = CountingTrainer,
     **kwargs: Any,
 ) -> CountingTrainer:
+    share = LOGICAL_BATCH // world_size
+    accumulation = 2 if share % 2 == 0 else 1
     arguments: TrainingArguments = tiny.arguments(
         folder,
-        max_steps=STEPS,
-        per_device_train_batch_size=LOGICAL_BATCH // (2 * world_size),
-        gradient_accumulation_steps=2,
+        max_steps=steps,
+        per_device_train_batch_size=share // accumulation,
+        gradient_accumulation_steps=accumulation,
         learning_rate=1e-2,
         logging_steps=10,
         save_strategy="steps",
         save_steps=SAVE_STEPS,
     )
     config = DPZeroConfig(
-        noise_multiplier=0.5,
-        target_delta=1e-3,
-        num_directions=NUM_DIRECTIONS,
-        clipping_threshold=threshold,
-        deterministic=True,
+        **OPTIONS, num_directions=num_directions, clipping_threshold=threshold, deterministic=not private
     )
-    dataset = dataset or tiny.tiny_dataset("classifier", count=48)
+    dataset = dataset or tiny.tiny_dataset("classifier", count=ROWS)
     model = model or lora_model(seed=rank)
-    return CountingTrainer(model, arguments, train_dataset=dataset, dpzero_config=config, **kwargs)
+    return trainer(model, arguments, train_dataset=dataset, dpzero_config=config, **kwargs)
 
 
 def disagreements(folder: Path, world_size: int, rank: int) -> dict[str, str]:
     """What this rank raises if the last one has something else than the others."""
-    rows = tiny.tiny_dataset("classifier", count=48)
+    rows = tiny.tiny_dataset("classifier", count=ROWS)
     other: dict[str, dict[str, Any]] = {
         "shuffle": {"dataset": rows.shuffle()},
         "rows": {"dataset": rows.select(range(40))},
@@ -155,6 +202,35 @@ def disagreements(folder: Path, world_size: int, rank: int) -> dict[str, str]:
     return raised
 
 
+def crossed() -> int:
+    """Bytes that this host's interface has sent and received, when all processes have come here."""
+    counters = Path("/sys/class/net") / os.environ["GLOO_SOCKET_IFNAME"] / "statistics"
+    torch.distributed.barrier()
+    time.sleep(SETTLED)
+    found = sum(int((counters / name).read_text()) for name in ("tx_bytes", "rx_bytes"))
+    torch.distributed.barrier()
+    return found
+
+
+def wire_traffic(folder: Path, world_size: int, rank: int) -> dict[str, int]:
+    """Bytes that cross this host's interface while a run begins, and in its steps."""
+    counts: list[int] = []
+
+    class Counted(CountingTrainer):
+        def begin_steps(self, model: nn.Module) -> None:
+            counts.append(crossed())
+            super().begin_steps(model)
+            counts.append(crossed())
+
+    model = lora_model(seed=rank, r=WIRE_RANK)
+    end = AtStep(WIRE_STEPS, lambda control: counts.append(crossed()))
+    sizes = {"num_directions": WIRE_DIRECTIONS, "steps": WIRE_STEPS}
+    make_trainer(folder, world_size, rank, model=model, callbacks=[end], trainer=Counted, **sizes).train()
+    before, begun, done = counts
+    entries = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"trained": entries, "start": begun - before, "steps": done - begun}
+
+
 def trained(trainer: DPZeroTrainer) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
@@ -167,19 +243,50 @@ def interrupted_run(folder: Path, world_size: int, rank: int) -> DPZeroTrainer:
     return resumed
 
 
+def dying_run(options: argparse.Namespace, world_size: int, rank: int) -> None:
+    """Up to `DIES_AT` steps of a run: then something happens to the last rank."""
+    out: Path = options.out
+    actions = {"exit": leave, "raise": fail, "wait": waiting(out)}
+    callbacks = []
+    if rank == world_size - 1:
+        if options.die in actions:
+            callbacks = [AtStep(DIES_AT, actions[options.die])]
+        else:
+            kill_in_sum(sent=options.die == "sent")
+    if options.timeout:
+        # On a CPU the Trainer takes no notice of its ddp_timeout.
+        PartialState(cpu=True, timeout=timedelta(seconds=options.timeout))
+    make_trainer(out / "dying", world_size, rank, callbacks=callbacks, private=options.private).train()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
-    parser.add_argument("--die", choices=["exit", "raise"])
+    parser.add_argument("--die", choices=["exit", "raise", "wait", "unsent", "sent"])
+    parser.add_argument("--resume", action="store_true")
     parser.add_argument("--disagree", action="store_true")
+    parser.add_argument("--wire", action="store_true")
+    parser.add_argument("--private", action="store_true", help="with secrets, so that no two runs are the same")
+    parser.add_argument("--timeout", type=int, help="seconds that a process waits for the others")
     options = parser.parse_args()
     out: Path = options.out
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
     if options.die:
-        action = {"exit": leave, "raise": fail}[options.die]
-        callbacks = [AtStep(DIES_AT, action)] if rank == world_size - 1 else []
-        make_trainer(out / "dying", world_size, rank, callbacks=callbacks).train()
+        dying_run(options, world_size, rank)
+        return
+
+    if options.resume:
+        resumed = make_trainer(out / "dying", world_size, rank, private=options.private)
+        resumed.train(resume_from_checkpoint=True)
+        resumed.save_model()
+        save_file(trained(resumed), out / f"resumed-{rank}.safetensors")
+        PartialState().destroy_process_group()
+        return
+
+    if options.wire:
+        (out / f"wire-{rank}.json").write_text(json.dumps(wire_traffic(out / "wire", world_size, rank)))
+        PartialState().destroy_process_group()
         return
 
     if options.disagree:

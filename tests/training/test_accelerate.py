@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,36 +18,12 @@ from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.release.journal import read_journal
 from peft_dpzero.step import PrivateStep
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import distributed_run
 from distributed_run import INTERRUPTED_AT, LOGICAL_BATCH, NUM_DIRECTIONS, STEPS
+from launches import Launched, distance, launch
 from tiny import RELEASE, arguments, tiny_dataset, tiny_model
-
-LAUNCH_TIMEOUT = 240
-
-
-def launch(processes: int, *script_arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}"]
-    command += ["--main_process_port=0", str(Path(distributed_run.__file__)), *map(str, script_arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LAUNCH_TIMEOUT)
-
-
-@dataclass
-class Launched:
-    processes: int
-    folder: Path
-
-    def tensors(self, name: str) -> list[dict[str, Tensor]]:
-        return [load_file(self.folder / f"{name}-{rank}.safetensors") for rank in range(self.processes)]
-
-    def reports(self) -> list[dict[str, Any]]:
-        return [json.loads((self.folder / f"report-{rank}.json").read_text()) for rank in range(self.processes)]
-
-    def journal(self, run: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / run / "dpzero_journal").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
@@ -68,11 +39,6 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> DPZeroTrainer:
     trainer = distributed_run.make_trainer(tmp_path_factory.mktemp("single"), world_size=1)
     trainer.train()
     return trainer
-
-
-def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    assert a.keys() == b.keys()
-    return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
 def test_processes_are_connected_by_gloo(launched: Launched) -> None:
