@@ -1,4 +1,4 @@
-"""Launches of `distributed_run.py` on this machine, and what they leave."""
+"""Launches of several processes on this machine, and what they leave."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from safetensors.torch import load_file
@@ -18,9 +20,15 @@ import distributed_run
 LAUNCH_TIMEOUT = 240
 
 
-def launch(processes: int, *script_arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}"]
-    command += ["--main_process_port=0", str(Path(distributed_run.__file__)), *map(str, script_arguments)]
+def launch(
+    processes: int,
+    *script_arguments: object,
+    script: ModuleType = distributed_run,
+    how: Sequence[str] = ("--multi_gpu",),
+) -> subprocess.CompletedProcess[str]:
+    """Runs `script` by `accelerate launch`; `how` are its own options."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", *how, f"--num_processes={processes}"]
+    command += ["--main_process_port=0", str(script.__file__), *map(str, script_arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LAUNCH_TIMEOUT)
 

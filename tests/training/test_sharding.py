@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,20 +22,16 @@ from peft_dpzero.training.sharding import UnitOrder, check_parallelism, sharding
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import launches
 import sharded_run
 from sharded_run import KILLED_IN, KINDS, STEPS
 from tiny import arguments, tiny_model
 
 PROCESSES = 4
-LAUNCH_TIMEOUT = 240
 BY_LAUNCHER = ["--use_fsdp", "--fsdp_version=2", "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP"]
 
 
-def launch(*script_arguments: object, how: list[str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "accelerate.commands.launch", *how, f"--num_processes={PROCESSES}"]
-    command += ["--main_process_port=0", str(Path(sharded_run.__file__)), *map(str, script_arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LAUNCH_TIMEOUT)
+launch = partial(launches.launch, PROCESSES, script=sharded_run)
 
 
 class PlainTrainer(DPZeroTrainer):
@@ -52,7 +46,7 @@ class PlainTrainer(DPZeroTrainer):
 @pytest.fixture(scope="module", params=[pytest.param(PROCESSES, marks=pytest.mark.slow)])
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
-    result = launch(folder, how=["--multi_gpu"])
+    result = launch(folder)
     assert result.returncode == 0, result.stderr[-6000:]
     return folder
 
@@ -60,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kinds")
-    result = launch(folder, "--kinds", how=["--multi_gpu"])
+    result = launch(folder, "--kinds")
     assert result.returncode == 0, result.stderr[-6000:]
     return folder
 
