@@ -3,15 +3,15 @@ VENV := .venv
 RUN := $(VENV)/bin
 REVIEWS := .cache/vaderSentiment-3.3.2.tar.gz
 
-.PHONY: demo test test-all lint docs unit slow zoo bench scaling study notebook clean
+.PHONY: demo test test-all lint docs unit slow cluster zoo bench scaling study notebook clean
 
 demo: $(VENV)/.ready $(REVIEWS)
 	$(RUN)/python integrations/trainer/sentiment.py --reviews $(REVIEWS) --output runs/demo
 
 test: lint docs unit
 
-# With what is slow, and with every stock architecture: about 40 minutes more.
-test-all: test slow zoo
+# With what is slow, many processes, and every stock architecture: about 50 minutes more.
+test-all: test slow cluster zoo
 
 lint: $(VENV)/.ready
 	$(RUN)/ruff check .
@@ -25,7 +25,11 @@ unit: $(VENV)/.ready $(REVIEWS)
 	$(RUN)/pytest -n 2 --dist loadfile
 
 slow: $(VENV)/.ready
-	$(RUN)/pytest -n 2 -m slow
+	$(RUN)/pytest -n 2 --dist loadfile -m "slow and not cluster"
+
+# Launches four processes at a time. Two hosts take root and `ip netns`; without, those tests are skipped.
+cluster: $(VENV)/.ready
+	$(RUN)/pytest -m cluster
 
 zoo: $(VENV)/.ready
 	PYTHONPATH=tests:benchmarks $(RUN)/python tests/zoo/table.py

@@ -50,7 +50,7 @@ def audit_of_a_release_stays_below_the_claim() -> None:
 
 def audit_of_a_sampled_run_stays_below_the_claim() -> None:
     claim = ACCOUNTANT.epsilon([Segment(0.8, 0.5, 4)])
-    assert audited_epsilon(0.5, 4, 0.8, DELTA, 1 - ALARM, count=3000) <= claim
+    assert audited_epsilon(0.5, 4, 0.8, DELTA, 1 - ALARM, count=8000) <= claim
 
 
 def noise_is_fresh_whatever_is_known() -> None:

@@ -19,7 +19,7 @@ from distributed_run import DIES_AT, LOGICAL_BATCH, STEPS, WIRE_DIRECTIONS, WIRE
 from emulated_hosts import PROCESSES_A_HOST, Host, Unavailable, two_hosts, wait_for
 from launches import LAUNCH_TIMEOUT, Launched, distance
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.cluster
 
 PROCESSES = 2 * PROCESSES_A_HOST
 # Seconds that a process waits for the others when the cable is out.

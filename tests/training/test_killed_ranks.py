@@ -11,7 +11,7 @@ from peft_dpzero.release.journal import read_journal
 from distributed_run import DIES_AT
 from launches import Launched, launch
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.cluster
 
 PROCESSES = 4
 
