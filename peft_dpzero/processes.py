@@ -38,11 +38,6 @@ class AcceleratedProcesses:
         """The first process's tensor, on the CPU."""
         return torch.as_tensor(broadcast(tensor.to(self.accelerator.device))).to("cpu")
 
-    def largest(self, number: int) -> int:
-        """The largest of every process's `number`."""
-        own = torch.tensor([number], device=self.accelerator.device)
-        return int(torch.as_tensor(self.accelerator.gather(own)).max())
-
     def on_main(self, work: Callable[[], _T]) -> _T:
         """What `work` returns on the first process, or the DPZeroError that it raises there, on all of them."""
         shared: list[Any] = [None, None]

@@ -160,4 +160,5 @@ class PrivateStep:
         if self._idle is None or self.processes is None:
             return 0
         points = points_of(self.config.num_directions, self.config.smoothing_parameter, self.config.difference)
-        return len(points) * (self.processes.largest(micro_batches) - micro_batches)
+        most: int = max(self.processes.gather(micro_batches))
+        return len(points) * (most - micro_batches)

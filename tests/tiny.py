@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft_dpzero import DPZeroConfig
+from peft_dpzero import DPZeroConfig, DPZeroTrainer
 from peft_dpzero.estimation.batching import LogicalBatch
 from peft_dpzero.mechanism.clipping import clipped_over_threshold, to_grid
 from tokenizers import Tokenizer as Words
@@ -164,6 +164,11 @@ def adapted(model: PreTrainedModel | None = None) -> PeftModel:
     torch.manual_seed(3)
     settings = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
     return get_peft_model(tiny_model("classifier") if model is None else model, settings)
+
+
+def trained(trainer: DPZeroTrainer) -> dict[str, Tensor]:
+    """What a trainer has trained, as it is now."""
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 class SwitchLayer(nn.Module):

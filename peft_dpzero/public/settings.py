@@ -82,10 +82,12 @@ class Variance:
     noise: float
 
     @classmethod
-    def of(cls, entries: int, num_directions: int, batch: int, noise_multiplier: float, orthogonal: bool) -> Variance:
-        """For d = `entries`."""
+    def of(
+        cls, config: DPZeroConfig, entries: int, num_directions: int, batch: int, noise_multiplier: float
+    ) -> Variance:
+        """For d = `entries`, and the directions that `config` asks for."""
         missed = entries / num_directions
-        if orthogonal:
+        if config.direction_distribution == "orthogonal":
             missed = max(0.0, missed - entries / angles(entries))
         return cls(missed * SIGNAL_SHARE, (1 + missed) / batch, entries * (noise_multiplier / batch) ** 2)
 
@@ -97,11 +99,12 @@ class Variance:
 
 @dataclass(frozen=True)
 class Choice:
-    """A logical batch and a number of directions, and what they give."""
+    """A logical batch and a number of directions, and what they give: `steps` of `seconds` each."""
 
     expected_batch_size: int
     num_directions: int
     steps: int
+    seconds: float
     variance: Variance
 
     def proven(self, config: DPZeroConfig, num_units: int, entries: int) -> Choice:
@@ -110,7 +113,8 @@ class Choice:
             return self
         sample_rate = self.expected_batch_size / num_units
         sigma = Accountant.of(config).quick_noise_multiplier(config.target_epsilon, sample_rate, self.steps)
-        return replace(self, variance=_variance(config, entries, self.num_directions, self.expected_batch_size, sigma))
+        variance = Variance.of(config, entries, self.num_directions, self.expected_batch_size, sigma)
+        return replace(self, variance=variance)
 
 
 def choose_sizes(
@@ -153,7 +157,7 @@ def choose_sizes(
             # Where all is given there is nothing to choose.
             if fits or (steps and batch and config.known_directions):
                 sigma = rough_noise(config, size / num_units, made)
-                yield Choice(size, count, made, _variance(config, entries, count, size, sigma))
+                yield Choice(size, count, made, once, Variance.of(config, entries, count, size, sigma))
 
     found = list(choices())
     if not found:
@@ -164,14 +168,9 @@ def choose_sizes(
         )
     enough = [choice for choice in found if choice.steps >= _ENOUGH_STEPS] or found
     # The accountant takes longer than a formula: it is asked about the best of each batch only.
-    finalists = [
-        min((one for one in enough if one.expected_batch_size == size), key=_harm, default=None) for size in batches
-    ]
-    return min((one.proven(config, num_units, entries) for one in finalists if one), key=_harm)
-
-
-def _variance(config: DPZeroConfig, entries: int, directions: int, batch: int, sigma: float) -> Variance:
-    return Variance.of(entries, directions, batch, sigma, config.direction_distribution == "orthogonal")
+    of_size = ([one for one in enough if one.expected_batch_size == size] for size in batches)
+    finalists = [min(some, key=_harm) for some in of_size if some]
+    return min((one.proven(config, num_units, entries) for one in finalists), key=_harm)
 
 
 def _harm(choice: Choice) -> float:

@@ -143,8 +143,11 @@ class RunOnDisk:
                     "The run that goes on was made with clipping_threshold and smoothing_parameter given."
                 )
         elif not self.config.is_settled or self.config.minutes is not None:
-            found = find() if in_step else None
-            self._settle(self.processes.on_main(lambda: found if in_step else find()))
+            if in_step:
+                found = find()
+                self._settle(self.processes.on_main(lambda: found))
+            else:
+                self._settle(self.processes.on_main(find))
             self._plan = self._plan_for()
 
     def take_basis(self, find: Callable[[], Basis] | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -172,7 +171,7 @@ def find_settings(
             "smoothing_parameter."
         ) from error
     batch, directions, steps = sizes.batch, config.known_directions, sizes.steps
-    choice, once, planned = None, None, math.inf
+    choice, once = None, None
     if sizes.deadline is not None:
         row = sorted(rows, key=_tokens)[len(rows) // 2]
         seconds = measure_seconds(losses, row, perturbation, slopes.smoothing_parameter)
@@ -187,8 +186,6 @@ def find_settings(
             steps=steps,
         )
         batch, directions = choice.expected_batch_size, choice.num_directions
-        points = directions * (1 if slopes.difference == "forward" else 2)
-        planned = seconds.of(batch / sizes.processes, points)
     settled = config.settled(
         clipping_threshold=clipping_threshold(slopes, directions or DEFAULT_DIRECTIONS),
         smoothing_parameter=slopes.smoothing_parameter,
@@ -205,10 +202,10 @@ def find_settings(
         max_tokens=sizes.max_tokens,
     )
     rate = sizes.learning_rate
-    if sizes.deadline is not None:
+    if sizes.deadline is not None and choice is not None:
         count = max(1, round(expected))
         once = _seconds_a_step(passes, perturbation, settled, rows, count)
-        if once > _SURPRISING * planned:
+        if once > _SURPRISING * choice.seconds:
             once = min(once, _seconds_a_step(passes, perturbation, settled, rows, count))
         left = (sizes.deadline - time.monotonic()) / _RESERVE
         steps = steps or max(FEWEST_STEPS, int(left / once))

@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback, TrainingArguments
 
 import tiny
+from tiny import trained
 
 STEPS = 50
 NUM_DIRECTIONS = 3
@@ -229,10 +230,6 @@ def wire_traffic(folder: Path, world_size: int, rank: int) -> dict[str, int]:
     before, begun, done = counts
     entries = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {"trained": entries, "start": begun - before, "steps": done - begun}
-
-
-def trained(trainer: DPZeroTrainer) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 def interrupted_run(folder: Path, world_size: int, rank: int) -> DPZeroTrainer:

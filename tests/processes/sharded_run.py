@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments, default_data_collator
 
 import tiny
+from tiny import trained
 
 STEPS = 12
 # Of four processes each expects one row, so that about one in three draws none.
@@ -81,10 +82,6 @@ def make_trainer(folder: Path, kind: str = "causal_lm", *, seed: int = 0, **opti
     )
     made = {"model": model_of(kind, seed), "train_dataset": rows_of(kind), "eval_dataset": rows_of(kind, 10)} | others
     return made.pop("trainer", DPZeroTrainer)(args=arguments, dpzero_config=DPZeroConfig(**(chosen | config)), **made)
-
-
-def trained(trainer: DPZeroTrainer) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 def losses_of(trainer: DPZeroTrainer, kind: str) -> list[float]:

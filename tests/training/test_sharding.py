@@ -19,11 +19,11 @@ from peft_dpzero.cli.app import run as command_line
 from peft_dpzero.estimation.losses import Losses
 from peft_dpzero.release.journal import read_journal
 from peft_dpzero.training.sharding import UnitOrder, check_parallelism, sharding_asked
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import launches
 import sharded_run
+from launches import Launched
 from sharded_run import KILLED_IN, KINDS, STEPS
 from tiny import arguments, tiny_model
 
@@ -61,7 +61,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reports(folder: Path) -> list[dict[str, Any]]:
-    return reports_in(folder)
+    return Launched(PROCESSES, folder).reports()
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +69,6 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> DPZeroTrainer:
     trainer = sharded_run.make_trainer(tmp_path_factory.mktemp("single"), trainer=PlainTrainer)
     trainer.train()
     return trainer
-
-
-def reports_in(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads((folder / f"report-{rank}.json").read_text()) for rank in range(PROCESSES)]
-
-
-def adapters(folder: Path, name: str) -> list[dict[str, Tensor]]:
-    return [load_file(folder / f"{name}-{rank}.safetensors") for rank in range(PROCESSES)]
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -103,7 +95,7 @@ def test_ranks_draw_unevenly_and_run_as_many_passes(reports: list[dict[str, Any]
 
 
 def test_ranks_end_with_the_bits_of_one_process_of_plain_passes(folder: Path, single: DPZeroTrainer) -> None:
-    assert all(same(one, sharded_run.trained(single)) for one in adapters(folder, "whole"))
+    assert all(same(one, sharded_run.trained(single)) for one in Launched(PROCESSES, folder).tensors("whole"))
     folders = (folder / "whole", Path(str(single.args.output_dir)))
     sharded, alone = (read_journal(where / "dpzero_journal") for where in folders)
     assert sharded.entries == alone.entries
@@ -114,7 +106,7 @@ def test_ranks_end_with_the_bits_of_one_process_of_plain_passes(folder: Path, si
 def test_ranks_agree_with_a_process_that_takes_shortcuts(folder: Path, tmp_path: Path) -> None:
     trainer = sharded_run.make_trainer(tmp_path)
     trainer.train()
-    ended, sharded = sharded_run.trained(trainer), adapters(folder, "whole")[0]
+    ended, sharded = sharded_run.trained(trainer), Launched(PROCESSES, folder).tensors("whole")[0]
     assert max(float((ended[name] - sharded[name]).abs().max()) for name in ended) < 1e-5
 
 
@@ -127,12 +119,12 @@ def test_losses_have_the_bits_of_the_whole_model(reports: list[dict[str, Any]], 
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_of_other_models_and_units_do_too(kinds: Path, kind: str, tmp_path: Path) -> None:
     whole = sharded_run.losses_of(sharded_run.make_trainer(tmp_path, kind), kind)
-    assert [report["losses"][kind] for report in reports_in(kinds)] == [whole] * PROCESSES
+    assert [report["losses"][kind] for report in Launched(PROCESSES, kinds).reports()] == [whole] * PROCESSES
 
 
 @pytest.mark.cluster
 def test_units_that_stay_whole_change_nothing(kinds: Path, single: DPZeroTrainer) -> None:
-    assert all(same(one, sharded_run.trained(single)) for one in adapters(kinds, "kept"))
+    assert all(same(one, sharded_run.trained(single)) for one in Launched(PROCESSES, kinds).tensors("kept"))
 
 
 def test_evaluation_is_that_of_one_process(reports: list[dict[str, Any]], single: DPZeroTrainer) -> None:
@@ -150,7 +142,7 @@ def test_a_release_is_verified(kinds: Path, tmp_path: Path) -> None:
 def test_a_release_loads_with_peft_alone(folder: Path) -> None:
     loaded = PeftModel.from_pretrained(tiny_model("causal_lm"), folder / "whole")
     kept = {name: p for name, p in loaded.named_parameters() if "lora_" in name}
-    assert same(kept, adapters(folder, "whole")[0])
+    assert same(kept, Launched(PROCESSES, folder).tensors("whole")[0])
 
 
 @pytest.mark.cluster
@@ -167,7 +159,8 @@ def test_a_killed_rank_stops_the_others_and_the_run_goes_on(folder: Path, tmp_pa
     assert steps_of(tmp_path / "killed") == list(range(KILLED_IN))
     result = launch(tmp_path, "--resume", how=BY_LAUNCHER)
     assert result.returncode == 0, result.stderr[-6000:]
-    assert all(same(*pair) for pair in zip(adapters(tmp_path, "resumed"), adapters(folder, "whole"), strict=True))
+    resumed, whole = Launched(PROCESSES, tmp_path).tensors("resumed"), Launched(PROCESSES, folder).tensors("whole")
+    assert all(same(*pair) for pair in zip(resumed, whole, strict=True))
     journals = [read_journal(where / "dpzero_journal") for where in (tmp_path / "killed", folder / "whole")]
     assert journals[0].entries == journals[1].entries
     records = [json.loads((p / "privacy_record.json").read_text()) for p in (tmp_path / "killed", folder / "whole")]
