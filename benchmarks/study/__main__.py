@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 
 from workloads import REVIEWS, ROOT
 
-from .cells import QUICK
+from . import sweep
+from .cells import QUICK, Cell
 from .grid import BUDGETS, EPSILONS, Grid, quick_cells
 from .methods import METHODS
 from .models import MODELS
@@ -27,6 +29,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m study", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="every method once, for seconds: to see that all runs")
     parser.add_argument("--tune", action="store_true", help="run methods' grids on the sets that others are tuned on")
+    parser.add_argument("--sweep", action="store_true", help="run η and C on a grid beside our choice of them")
     parser.add_argument("--report", action="store_true", help="write docs/study.md from what has been run, run nothing")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="NAME")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["minilm"], metavar="NAME")
@@ -43,17 +46,29 @@ def options() -> argparse.Namespace:
     return chosen
 
 
+def stages(chosen: argparse.Namespace, grid: Grid, folder: Path) -> Iterator[list[Cell]]:
+    """What is run, one after another."""
+    if chosen.quick:
+        yield [cell for cell in quick_cells() if cell.method in chosen.methods]
+    elif chosen.tune:
+        yield grid.tuning_cells()
+    elif chosen.sweep:
+        yield from sweep.stages(chosen.tasks, folder)
+    else:
+        yield grid.cells()
+
+
 def main() -> None:
     chosen, console = options(), Console()
     names = [field.name for field in dataclasses.fields(Grid) if hasattr(chosen, field.name)]
     grid = Grid(**{name: tuple(getattr(chosen, name)) for name in names})
     folder = (chosen.folder or (QUICK_FOLDER if chosen.quick else FOLDER)).resolve()
     threads = chosen.threads or max(1, (os.cpu_count() or 1) // chosen.jobs)
-    failed = []
+    failed: list[Cell] = []
+    size = QUICK if chosen.quick else grid.size
     if not chosen.report:
-        quick = [cell for cell in quick_cells() if cell.method in chosen.methods]
-        cells = quick if chosen.quick else grid.tuning_cells() if chosen.tune else grid.cells()
-        failed = run_all(cells, QUICK if chosen.quick else grid.size, folder, chosen.jobs, threads)
+        for cells in stages(chosen, grid, folder):
+            failed += run_all(cells, size, folder, chosen.jobs, threads)
     page = PAGE if folder == FOLDER else folder / "study.md"
     if not chosen.tune:
         write_report(folder, page)

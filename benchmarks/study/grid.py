@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import sweep
 from .cells import FULL, QUICK, Budget, Cell, Size
-from .methods import METHODS
+from .methods import METHODS, SWEPT
 from .results import Result, path_of
 from .tasks import TASKS
 
@@ -76,6 +77,8 @@ def quick_cells() -> list[Cell]:
 
 def settings_for(cell: Cell, folder: Path) -> tuple[dict[str, Any], str]:
     """The settings of a cell's method, and why those."""
+    if cell.method == SWEPT.name:
+        return sweep.settings_of(cell, folder), "the sweep's grid"
     grid = METHODS[cell.method].grid
     if cell.settings is not None:
         return dict(grid[cell.settings]), "tuning"

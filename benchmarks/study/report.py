@@ -10,7 +10,7 @@ from pathlib import Path
 import tables
 from workloads import ROOT
 
-from . import plots
+from . import plots, sweep
 from .cells import Budget
 from .methods import METHODS
 from .results import Result, atomically, read_all
@@ -38,8 +38,10 @@ def write_report(folder: Path, page: Path) -> None:
     groups = grouped(results.values())
     pictures = plots.draw_all(groups, own)
     if not page.exists():
-        page.write_text(f"# The study\n\n<!-- {MARK} -->\n<!-- end of {MARK} -->\n")
+        marks = (f"<!-- {mark} -->\n<!-- end of {mark} -->\n" for mark in (MARK, sweep.MARK))
+        page.write_text("\n".join(("# The study\n", *marks)))
     tables.insert(page, MARK, rendered(groups, [picture.relative_to(page.parent) for picture in pictures]))
+    tables.insert(page, sweep.MARK, sweep.rendered(results.values()))
 
 
 def _read(path: Path) -> list[Result]:

@@ -6,7 +6,7 @@ from .adamw import adamw
 from .base import Method
 from .first_order import first_order_in_basis
 from .opacus_adamw import opacus_adamw
-from .ours import aggzo, dpzero, ours, ours_without_privacy, ours_without_public
+from .ours import aggzo, dpzero, ours, ours_given, ours_without_privacy, ours_without_public
 from .pazo import pazo
 from .published import published
 from .zero_shot import zero_shot
@@ -45,4 +45,7 @@ METHODS: dict[str, Method] = {
     )
 }
 
-__all__ = ["METHODS", "Method"]
+# What only the sweep runs.
+SWEPT = Method("ours-given", "peft_dpzero, η and C given", ours_given)
+
+__all__ = ["METHODS", "SWEPT", "Method"]

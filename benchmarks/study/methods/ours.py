@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer
+from peft_dpzero.perturbation.basis import Basis
 from peft_dpzero.public.scales import Seconds
 from peft_dpzero.public.settings import choose_sizes, learning_rate
+from peft_dpzero.release.journal import JOURNAL_NAME, read_journal
+from peft_dpzero.release.start import load_basis
 from transformers import TrainerCallback, TrainingArguments
 
 from ..cells import DELTA
@@ -48,6 +51,54 @@ def ours_without_privacy(
     return _chosen(start, clock, folder, {"public_text": start.public_text}, **nothing)
 
 
+class _InBasisOf(DPZeroTrainer):
+    """Takes another run's basis in place of finding its own."""
+
+    basis_in: Path
+
+    def _found_basis(self) -> Basis:
+        digest = read_journal(self.basis_in / JOURNAL_NAME).segments[0].header["basis"]
+        return load_basis(self.basis_in, digest)
+
+
+def ours_given(
+    start: Start,
+    clock: Clock,
+    epsilon: float | None,
+    seed: int,
+    folder: Path,
+    *,
+    learning_rate: float,
+    clipping_threshold: float,
+    like: Mapping[str, Any],
+    basis_in: Path,
+) -> Outcome:
+    """With η and a fixed C as they are given.
+
+    Args:
+        like: `Outcome.settings` of one of our runs, whose sizes, directions and λ are taken.
+        basis_in: that run's folder.
+    """
+    names = ("num_directions", "difference", "smoothing_parameter")
+    config = DPZeroConfig(
+        target_epsilon=epsilon,
+        target_delta=DELTA,
+        max_length=LONGEST,
+        clipping="fixed",
+        clipping_threshold=clipping_threshold,
+        **{name: like[name] for name in names},
+    )
+    arguments = {
+        "max_steps": like["planned_steps"],
+        "per_device_train_batch_size": like["batch"],
+        "learning_rate": learning_rate,
+    }
+    public = {"public_text": start.public_text}
+    trainer = _trainer(start, start.train, folder, config, arguments, kind=_InBasisOf, **public)
+    trainer.basis_in = basis_in
+    return _finished(trainer, clock)
+
+
 def aggzo(num_directions: int) -> Train:
     """DP-AggZO with K directions."""
     return partial(_published, num_directions)
@@ -69,9 +120,15 @@ class Deadline(TrainerCallback):
 
 
 def _trainer(
-    start: Start, rows: list[Row], folder: Path, config: DPZeroConfig, arguments: Mapping[str, Any], **options: Any
+    start: Start,
+    rows: list[Row],
+    folder: Path,
+    config: DPZeroConfig,
+    arguments: Mapping[str, Any],
+    kind: type[DPZeroTrainer] = DPZeroTrainer,
+    **options: Any,
 ) -> DPZeroTrainer:
-    return DPZeroTrainer(
+    return kind(
         model=start.model,
         args=TrainingArguments(
             str(folder),
