@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from peft_dpzero.errors import DPZeroError
 from peft_dpzero.modules import hooked
 
 Call = tuple[str, int]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -115,10 +117,10 @@ def _has_capacity(module: nn.Module) -> bool:
 
 
 @contextmanager
-def watched(model: nn.Module, part: Callable[[Tensor], Tensor] = Tensor.clone) -> Iterator[dict[Call, Tensor]]:
-    """Collects (a part of) the first tensor of each module call's output under (module's name, number of its call), in
+def watched(model: nn.Module, part: Callable[[Tensor], T]) -> Iterator[dict[Call, T]]:
+    """Collects a `part` of the first tensor of each module call's output under (module's name, number of its call), in
     the order in which the calls end: a module ends before those that use its output."""
-    seen: dict[Call, Tensor] = {}
+    seen: dict[Call, T] = {}
     calls: dict[str, int] = {}
 
     def note(name: str, output: object) -> None:

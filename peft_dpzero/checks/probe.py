@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from transformers.utils.logging import tqdm
 
 from peft_dpzero.checks.architectures import ROWWISE_TASKS, positions_of, reason_to_separate
 from peft_dpzero.checks.causes import Call, Dependence, dependence_error, first_difference, told, watched
+from peft_dpzero.checks.freed import return_freed_memory
 from peft_dpzero.checks.shortcuts import SCALE, Trials, find_shortcuts, find_trunk
 from peft_dpzero.checks.synthetic import ProbeBatch, SyntheticRows, thinned
 from peft_dpzero.config import SettledConfig
@@ -23,8 +24,10 @@ from peft_dpzero.estimation.losses import Losses, MicroBatch
 from peft_dpzero.estimation.shapes import (
     LENGTHS_PER_OCTAVE,
     LENGTHS_PER_OCTAVE_ELSEWHERE,
+    LENGTHS_PER_OCTAVE_PERTURBED,
     PASS_TOKENS,
     PASS_TOKENS_ELSEWHERE,
+    PASS_TOKENS_PERTURBED,
     Shapes,
 )
 from peft_dpzero.estimation.state import KeptState
@@ -33,8 +36,9 @@ from peft_dpzero.perturbation.perturbation import Perturbation, Point
 
 logger = logging.getLogger(__name__)
 
-# A row's losses at each of its places (points, places), and what module calls put out for it there, (places, …) each.
-RowBits = tuple[Tensor, dict[Call, Tensor]]
+# A row's losses at each of its places (points, places); and of each module call what it put out for it at the first,
+# (1, …), and whether it did at all. More would take as much memory as training.
+RowBits = tuple[Tensor, dict[Call, tuple[Tensor, Tensor]]]
 
 # Up to which lengths it is tried whether rows keep their bits.
 _LONGEST = 1024
@@ -101,6 +105,13 @@ class Probe:
             lengths_per_octave=LENGTHS_PER_OCTAVE.get(self.data.device.type, LENGTHS_PER_OCTAVE_ELSEWHERE),
             pass_tokens=PASS_TOKENS.get(self.data.device.type, PASS_TOKENS_ELSEWHERE),
         )
+        if perturbation.is_large:
+            shapes = replace(
+                shapes,
+                lengths_per_octave=LENGTHS_PER_OCTAVE_PERTURBED,
+                pass_tokens=max(shapes.pass_tokens, PASS_TOKENS_PERTURBED),
+                perturbs_each_pass=True,
+            )
         alone = self.data.alone(0)
         if any(self._differences(alone, alone, exactly=True)):
             raise dependence_error(Dependence("chance", *self._locate(alone, alone)))
@@ -171,13 +182,16 @@ class Probe:
             places = [range(first, count, 2) for first in range(min(2, count))]
             companies = [[row if i in mine else strangers[i] for i in range(count)] for mine in places]
             batches = [self.data.batch(ProbeBatch(rows, 0, length)) for rows in companies]
+            same = True
             try:
-                rows = _bits(perturbation, losses, batches, places, points)
+                for one in _bits(perturbation, losses, batches, places, points):
+                    reference = reference or one
+                    same = same and _all_alike(reference, one)
             except Exception as error:  # A user's function may want labels that nobody can make up.
                 logger.info("Rows of %d tokens go one at a time: %s on made-up ones.", length, type(error).__name__)
                 return []
-            reference = reference or rows[0]
-            if all(_all_alike(reference, one) for one in rows):
+            return_freed_memory()
+            if same:
                 alike.insert(0, count)
             elif not alike:
                 reference = None
@@ -267,9 +281,9 @@ class Probe:
 
     def _states(self, probed: ProbeBatch) -> dict[tuple[str, int], Tensor | None]:
         """What belongs to the tested row in the output of each module call."""
-        with watched(self.model) as seen:
+        with watched(self.model, lambda output: self.data.own_part(output.clone(), probed)) as seen:
             self._read(probed)
-        return {call: self.data.own_part(output, probed) for call, output in seen.items()}
+        return seen
 
 
 class _Unread(Task):
@@ -284,28 +298,30 @@ def _bits(
     batches: Sequence[MicroBatch],
     places: Sequence[Sequence[int]],
     points: Sequence[Point],
-) -> list[RowBits]:
+) -> Iterator[RowBits]:
     """What a row gives in each batch."""
     together = points_together(losses, batches[0], perturbation)
     # A whole stack of points, and what is left over after as many as there are.
     tried = points[: max(2, together) + len(points) % max(2, together)]
-    found: list[RowBits] = []
     for batch, where in zip(batches, places, strict=True):
+        rows, count = list(where), len(batch["input_ids"])
         with losses.over_one_micro_batch() as restart:
-            with perturbation.at(0, *points[0]), losses.at_one_point(), watched(losses.model) as seen:
+            own = partial(_own, rows=rows, count=count)
+            with perturbation.at(0, *points[0]), losses.at_one_point(), watched(losses.model, own) as seen:
                 values = losses(batch)[None]
             restart()
             if together > 1 or losses.shortcuts.trunk is not None:
                 (values,) = losses_at(losses, [batch], perturbation, 0, tried)
-        rows = list(where)
-        states = {call: output[rows] for call, output in seen.items() if _has_rows(output, len(batch["input_ids"]))}
-        found.append((values[:, rows], states))
-    return found
+        yield values[:, rows], {call: made for call, made in seen.items() if made is not None}
 
 
-def _has_rows(output: Tensor, count: int) -> bool:
-    """Whether a module's output lies row by row; what all rows share does not."""
-    return output.ndim > 0 and len(output) == count
+def _own(output: Tensor, rows: list[int], count: int) -> tuple[Tensor, Tensor] | None:
+    """What a module's output holds at the first of `rows`, and whether the others hold the same; None if it does not
+    lie row by row, as what all rows share does not."""
+    if output.ndim == 0 or len(output) != count:
+        return None
+    first = output[rows[:1]]
+    return first, (output[rows] == first).all()
 
 
 def _all_alike(reference: RowBits, found: RowBits) -> bool:
@@ -315,11 +331,13 @@ def _all_alike(reference: RowBits, found: RowBits) -> bool:
     points = min(len(wanted), len(values))
     if not bool((values[:points] == wanted[:points, :1]).all()):
         return False
-    pairs = [(outputs[call], wanted_outputs[call][:1]) for call in outputs.keys() & wanted_outputs.keys()]
-    if any(one.shape[1:] != other.shape[1:] for one, other in pairs):
+    pairs = [(outputs[call], wanted_outputs[call][0]) for call in outputs.keys() & wanted_outputs.keys()]
+    if any(first.shape != other.shape for (first, _), other in pairs):
         return False
     # One answer for all: each would keep a GPU waiting.
-    return not pairs or bool(torch.stack([(one == other).all() for one, other in pairs]).all())
+    return not pairs or bool(
+        torch.stack([everywhere & (first == other).all() for (first, everywhere), other in pairs]).all()
+    )
 
 
 def _apart(one: Tensor | None, other: Tensor | None, tolerance: float) -> bool:

@@ -25,6 +25,10 @@ LENGTHS_PER_OCTAVE_ELSEWHERE = 2
 # What a pass costs besides its tokens, in tokens: estimates for small models.
 PASS_TOKENS = {"cpu": 64}
 PASS_TOKENS_ELSEWHERE = 2048
+# Where each pass perturbs large parameters anew, it takes as long as so many tokens (270M parameters, two cores): rows
+# of all lengths between two powers of two share few passes.
+PASS_TOKENS_PERTURBED = 512
+LENGTHS_PER_OCTAVE_PERTURBED = 1
 # Passes of more tokens than so many times `pass_tokens` are hardly cheaper.
 LONGEST_PASS = 12
 # Of fewer rows a step most have a length of their own.
@@ -54,6 +58,7 @@ class Shapes:
         token_labels: whether labels (l,) belong to tokens; None tells by their shape.
         lengths_per_octave: padded lengths between a power of two and the next.
         pass_tokens: what a pass costs besides its tokens, in tokens.
+        perturbs_each_pass: whether parameters are so large that each pass perturbs them anew.
     """
 
     expected_rows: float
@@ -68,6 +73,7 @@ class Shapes:
     token_labels: bool | None = None
     lengths_per_octave: int = LENGTHS_PER_OCTAVE["cpu"]
     pass_tokens: int = PASS_TOKENS["cpu"]
+    perturbs_each_pass: bool = False
 
     def counts(self, length: int) -> Sequence[int]:
         """How many rows of a padded length a micro-batch may have."""
@@ -75,11 +81,13 @@ class Shapes:
 
     def wanted_counts(self, length: int) -> list[int]:
         """How many rows of a padded length would share a pass if they were strangers to each other."""
-        if self.expected_rows < FEWEST_ROWS:
+        if self.expected_rows < FEWEST_ROWS and not self.perturbs_each_pass:
             return [1]
         tokens = LONGEST_PASS * self.pass_tokens
         if self.max_tokens is not None:
             tokens = min(tokens, self.max_tokens)
+        if self.perturbs_each_pass:
+            return powers_of_two(min(self.most_rows, int(self.expected_rows), tokens // length))
         return row_counts(min(self.most_rows, int(self.expected_rows) // LARGEST_SHARE, tokens // length))
 
     def length(self, tokens: int) -> int:
@@ -211,6 +219,11 @@ def row_counts(most: int) -> list[int]:
     """1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, …, up to `most`: quarters of powers of two."""
     counts = {(quarters << power) // 4 for power in range(max(most, 1).bit_length()) for quarters in range(4, 8)}
     return sorted(count for count in counts if count <= max(most, 1))
+
+
+def powers_of_two(most: int) -> list[int]:
+    """1, 2, 4, …, up to `most`: where each number takes long to try."""
+    return [1 << power for power in range(max(most, 1).bit_length())]
 
 
 def stacked_rows(rows: list[Row]) -> Row:

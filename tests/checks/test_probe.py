@@ -11,7 +11,8 @@ import torch
 from datasets import Dataset
 from peft_dpzero import DPZeroError, DPZeroTrainer, Task, TokenTask, Verbalizer, infer_task
 from peft_dpzero.checks.causes import check_batch_norm
-from peft_dpzero.checks.probe import Probe
+from peft_dpzero.checks.probe import Probe, _bits
+from peft_dpzero.checks.synthetic import ProbeBatch
 from peft_dpzero.estimation import tasks
 from peft_dpzero.estimation.shapes import Shapes
 from peft_dpzero.estimation.tasks import FunctionTask
@@ -151,6 +152,32 @@ def test_rows_whose_own_points_fill_a_pass_go_alone() -> None:
         config = explicit(noise_multiplier=1.0, target_delta=1e-5, num_directions=directions)
         tried = probe.tried_shapes(perturbation, probe.losses(perturbation, dict), shapes, config)
         assert (not tried.together) == alone
+
+
+def test_few_rows_share_passes_where_each_pass_perturbs_large_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft_dpzero.perturbation.perturbation.STREAMED_ENTRIES", 0)
+    monkeypatch.setattr("peft_dpzero.perturbation.perturbation.KEPT_ENTRIES", 0)
+    model = with_module(nn.Sequential())
+    perturbation, probe = Perturbation(model), Probe(model, CPU, infer_task(model))
+    shapes = probe.fit_shapes(perturbation, Shapes(16, 16))
+    config = explicit(noise_multiplier=1.0, target_delta=1e-5, num_directions=1)
+    tried = probe.tried_shapes(perturbation, probe.losses(perturbation, dict), shapes, config)
+    assert set(tried.together) == {4, 8, 16, 32, 64}
+    assert all(set(counts) <= {1, 2, 4, 8, 16} and max(counts) > 1 for counts in tried.together.values())
+    assert [tried.length(tokens) for tokens in (5, 9, 20, 33)] == [8, 16, 32, 64]
+
+
+def test_the_trial_of_shapes_keeps_one_row_of_what_modules_put_out() -> None:
+    model = with_module(nn.Sequential())
+    perturbation, probe = Perturbation(model), Probe(model, CPU, infer_task(model))
+    losses, rows = probe.losses(perturbation, dict), probe.data.rows_of([7] * 8)
+    batch = probe.data.batch(ProbeBatch(rows, 0, 12))
+    ((values, outputs),) = _bits(perturbation, losses, [batch], [range(0, 8, 2)], [(0, 1e-3), (0, -1e-3)])
+    assert values.shape[1] == 4
+    assert len(outputs) > 10
+    for first, _ in outputs.values():
+        assert len(first) == 1
+        assert first.untyped_storage().nbytes() == first.numel() * first.element_size()
 
 
 def test_numbers_of_rows_that_round_in_another_way_are_not_used() -> None:

@@ -75,6 +75,18 @@ def tuned(kind: str, place: str, module: nn.Module) -> Any:
     return get_peft_model(model, settings).eval()
 
 
+@pytest.mark.parametrize(("name", "kind"), [("BERT", "classifier"), ("Llama", "causal_lm")])
+def test_few_rows_of_a_large_model_share_passes_as_strangers(
+    name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peft_dpzero.perturbation.perturbation.STREAMED_ENTRIES", 0)
+    monkeypatch.setattr("peft_dpzero.perturbation.perturbation.KEPT_ENTRIES", 0)
+    model = untuned(BY_NAME[name]).eval()
+    for stranger in (2, 20, 32):
+        rows = rows_with(kind, [5, 9, 1, 12, 7, 8, 5, 16, 9, 23], stranger)
+        assert_strangers(when_one_joins(model, infer_task(model), rows, micro_batch_size=16))
+
+
 # ---- Length and state ----
 
 
