@@ -74,7 +74,13 @@ def training(model: PeftModel, batch: dict[str, Tensor], num_directions: int) ->
     size = len(batch["labels"])
     rows = [{key: value[i] for key, value in batch.items()} for i in range(size)]
     plan = make_plan(
-        DPZeroConfig(noise_multiplier=1.0, target_delta=1e-3, num_directions=num_directions),
+        DPZeroConfig(
+            noise_multiplier=1.0,
+            target_delta=1e-3,
+            num_directions=num_directions,
+            clipping_threshold=200.0,
+            smoothing_parameter=1e-3,
+        ),
         num_units=size,
         expected_batch_size=size,
         steps=2,

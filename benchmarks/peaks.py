@@ -8,7 +8,6 @@ prints one line of JSON: the resident set once the model and rows are loaded, an
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib
 import json
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft_dpzero.checks.freed import return_freed_memory
 
 import workloads
 from memory import reset_peak, resident_mib
@@ -53,7 +53,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     batches = [draw(number) for number in range(2)]
     for parameter in workload.model.parameters():
         parameter.data = parameter.data.clone()  # weights mapped from a file are not resident before they are read
-    _return_free_memory()
+    return_freed_memory()  # it would hide what a step needs
     loaded = resident_mib("VmRSS")
     if loaded is None or not reset_peak():
         raise SystemExit("This system does not tell a process's peak over a section.")
@@ -79,13 +79,6 @@ def llama_in_process(section: str) -> dict[str, Any]:
 def _last_line(command: list[str]) -> dict[str, Any]:
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
     return dict(json.loads(output.splitlines()[-1]))
-
-
-def _return_free_memory() -> None:
-    """Gives the allocator's free pages back, so that what loading has freed does not hide what a step needs."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def main() -> None:

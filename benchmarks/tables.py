@@ -7,6 +7,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+_PROFILED = {
+    "demo": "A head over frozen features, K = 512",
+    "minilm lora": "MiniLM, LoRA",
+    "minilm full": "MiniLM, all",
+}
 MARKED = "<!-- {0} -->\n(.*?)<!-- end of {0} -->"
 
 
@@ -82,7 +87,7 @@ def _scaling(found: dict[str, Any]) -> str:
 
 def _profile(found: dict[str, Any]) -> str:
     parts = []
-    for name, title in (("demo", "The demo's step"), ("minilm lora", "MiniLM, LoRA"), ("minilm full", "MiniLM, all")):
+    for name, title in _PROFILED.items():
         rows = [(f"`{where}`", f"{share:.1%}") for where, share in found[name]["shares"].items()]
         parts.append(table((title, "share"), rows))
     return "\n\n".join(parts)
