@@ -28,6 +28,7 @@ from peft_dpzero.estimation.shapes import (
     PASS_TOKENS,
     PASS_TOKENS_ELSEWHERE,
     PASS_TOKENS_PERTURBED,
+    SHORTEST_STEP_PERTURBED,
     Shapes,
 )
 from peft_dpzero.estimation.state import KeptState
@@ -111,6 +112,7 @@ class Probe:
                 lengths_per_octave=LENGTHS_PER_OCTAVE_PERTURBED,
                 pass_tokens=max(shapes.pass_tokens, PASS_TOKENS_PERTURBED),
                 perturbs_each_pass=True,
+                shortest_step=SHORTEST_STEP_PERTURBED,
             )
         alone = self.data.alone(0)
         if any(self._differences(alone, alone, exactly=True)):

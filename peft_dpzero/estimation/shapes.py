@@ -25,10 +25,11 @@ LENGTHS_PER_OCTAVE_ELSEWHERE = 2
 # What a pass costs besides its tokens, in tokens: estimates for small models.
 PASS_TOKENS = {"cpu": 64}
 PASS_TOKENS_ELSEWHERE = 2048
-# Where each pass perturbs large parameters anew, it takes as long as so many tokens (270M parameters, two cores): rows
-# of all lengths between two powers of two share few passes.
+# Where each pass perturbs large parameters anew, it takes as long as so many tokens (270M parameters, two cores), and
+# lengths are fewer.
 PASS_TOKENS_PERTURBED = 512
-LENGTHS_PER_OCTAVE_PERTURBED = 1
+LENGTHS_PER_OCTAVE_PERTURBED = 2
+SHORTEST_STEP_PERTURBED = 32
 # Passes of more tokens than so many times `pass_tokens` are hardly cheaper.
 LONGEST_PASS = 12
 # Of fewer rows a step most have a length of their own.
@@ -59,6 +60,7 @@ class Shapes:
         lengths_per_octave: padded lengths between a power of two and the next.
         pass_tokens: what a pass costs besides its tokens, in tokens.
         perturbs_each_pass: whether parameters are so large that each pass perturbs them anew.
+        shortest_step: padded lengths are multiples of this.
     """
 
     expected_rows: float
@@ -74,6 +76,7 @@ class Shapes:
     lengths_per_octave: int = LENGTHS_PER_OCTAVE["cpu"]
     pass_tokens: int = PASS_TOKENS["cpu"]
     perturbs_each_pass: bool = False
+    shortest_step: int = SHORTEST_STEP
 
     def counts(self, length: int) -> Sequence[int]:
         """How many rows of a padded length a micro-batch may have."""
@@ -102,7 +105,7 @@ class Shapes:
         return [length for length in lengths if self.wanted_counts(length)[-1] > 1]
 
     def _bucket(self, tokens: int) -> int:
-        step = max(SHORTEST_STEP, (1 << tokens.bit_length()) // (2 * self.lengths_per_octave))
+        step = max(self.shortest_step, (1 << tokens.bit_length()) // (2 * self.lengths_per_octave))
         padded = step * (tokens // step + 1)
         return padded if self.limit is None else max(tokens, min(padded, self.limit))
 
