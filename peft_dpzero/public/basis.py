@@ -8,6 +8,7 @@ few dozen coordinates; as many random ones would hold next to nothing. Backward 
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -28,6 +29,8 @@ _SUMS_A_VECTOR = 4
 _TEXTS_A_SUM = 4
 # Entries of all sums together: 2 GiB of float32.
 _MOST_ENTRIES = 1 << 29
+# So many entries of each sum are widened at once.
+_COLUMNS = 1 << 12
 # Directions with a smaller share of the largest one's energy are rounding.
 _SMALLEST_SHARE = 1e-9
 # Vectors grow as the energy falls, by this power of it: halfway to a basis along which outputs are equally sensitive.
@@ -74,27 +77,32 @@ def find_basis(
             "or train fewer parameters (a smaller LoRA rank, fewer layers)."
         )
     generator = torch.Generator().manual_seed(seed)
-    gradients: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    gradients: dict[str, Tensor] = {}  # of those that are not always 0: [sums, d_i]
     batches = _batches(rows, collate, sums, generator)
     model.eval()
-    for batch in tqdm(batches, total=sums, desc="Public gradients", delay=_PATIENCE):
+    for number, batch in enumerate(tqdm(batches, total=sums, desc="Public gradients", delay=_PATIENCE)):
         batch = place(batch)
         with torch.enable_grad():
             losses = task.losses(model(**task.inputs(batch)), batch)
             signs = torch.randint(0, 2, losses.shape, generator=generator).to(losses) * 2 - 1
             made = torch.autograd.grad((losses * signs).sum(), list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, made, strict=True):
-            if gradient is not None:
-                gradients[name].append(gradient.detach().float().flatten().cpu())
-    moved = [name for name, some in gradients.items() if any(bool(gradient.any()) for gradient in some)]
+            if gradient is not None and (name in gradients or bool(gradient.any())):
+                if name not in gradients:
+                    gradients[name] = torch.zeros(sums, gradient.numel())
+                gradients[name][number] = gradient.flatten()
+    moved = [name for name in parameters if name in gradients]
     if not moved:
         raise DPZeroError("No trainable parameter moves the loss on public_text: is the adapter active?")
-    return Basis.of(_top_vectors([torch.stack(gradients[name]) for name in moved], size), moved)
+    return Basis.of(_top_vectors([gradients[name] for name in moved], size), moved)
 
 
 def _top_vectors(parts: Sequence[Tensor], size: int) -> Tensor:
     """The first right singular vectors of [parts[0], parts[1], …], each (m, d_i), stretched: (r, d) float32."""
-    gram = sum((part.double() @ part.double().T for part in parts), torch.zeros(()))  # [m, m]
+    gram = torch.zeros(len(parts[0]), len(parts[0]), dtype=torch.float64)  # [m, m]
+    for piece in itertools.chain.from_iterable(part.split(_COLUMNS, dim=1) for part in parts):
+        wide = piece.double()
+        gram.addmm_(wide, wide.T)
     energies, left = torch.linalg.eigh(gram)
     energies, left = energies.flip(0)[:size], left.flip(1)[:, :size]
     kept = int((energies > _SMALLEST_SHARE * energies[0]).sum())
