@@ -244,6 +244,13 @@ def test_ours_says_so_where_nothing_fits(budget: str, start: Start, tmp_path: Pa
         METHODS["ours"].train(start, Clock(Budget.of(budget)), EPSILON, 0, tmp_path / "run")
 
 
+def test_adamw_stops_after_three_epochs_of_any_number_of_rows(start: Start, tmp_path: Path) -> None:
+    start = dataclasses.replace(start, train=start.train[:41])
+    outcome = METHODS["adamw"].train(start, Clock(Budget.of("100000p")), None, 0, tmp_path)
+    assert outcome.steps == 3 * math.ceil(41 / 8)
+    assert outcome.passes == 3 * 8 * outcome.steps
+
+
 def test_opacus_counts_logical_batches(start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys.modules["study.methods.opacus_adamw"], "READ_TOGETHER", 3)
     settings = METHODS["opacus"].grid[0]

@@ -33,7 +33,8 @@ def adamw(start: Start, clock: Clock, epsilon: float | None, seed: int, folder: 
     steps = min(EPOCHS * epoch, fit)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     random = np.random.RandomState(seed)
-    order = np.concatenate([random.permutation(len(start.train)) for _ in range(math.ceil(steps / epoch))])
+    number = len(start.train)
+    order = np.concatenate([random.permutation(number) for _ in range(math.ceil(steps * rows / number))])
     passes = made = 0
     for made in range(1, steps + 1):
         chosen = order[(made - 1) * rows : made * rows]
