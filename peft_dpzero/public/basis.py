@@ -8,7 +8,6 @@ few dozen coordinates; as many random ones would hold next to nothing. Backward 
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -100,9 +99,10 @@ def find_basis(
 def _top_vectors(parts: Sequence[Tensor], size: int) -> Tensor:
     """The first right singular vectors of [parts[0], parts[1], …], each (m, d_i), stretched: (r, d) float32."""
     gram = torch.zeros(len(parts[0]), len(parts[0]), dtype=torch.float64)  # [m, m]
-    for piece in itertools.chain.from_iterable(part.split(_COLUMNS, dim=1) for part in parts):
-        wide = piece.double()
-        gram.addmm_(wide, wide.T)
+    for part in parts:
+        for start in range(0, part.shape[1], _COLUMNS):
+            wide = part[:, start : start + _COLUMNS].double()
+            gram.addmm_(wide, wide.T)
     energies, left = torch.linalg.eigh(gram)
     energies, left = energies.flip(0)[:size], left.flip(1)[:, :size]
     kept = int((energies > _SMALLEST_SHARE * energies[0]).sum())
