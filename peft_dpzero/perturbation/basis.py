@@ -45,8 +45,8 @@ class Basis:
     @classmethod
     def of(cls, vectors: Tensor, names: Sequence[str]) -> Basis:
         """The basis nearest to (r, d) floating-point `vectors` with entries in [−1, 1]."""
-        units = vectors.double().mul(2**_FRACTION_BITS).round()
-        return cls(units.clamp(-(2**_FRACTION_BITS) + 1, 2**_FRACTION_BITS - 1).to(torch.int16), names)
+        units = vectors.to(torch.float64, copy=True).mul_(2**_FRACTION_BITS).round_()
+        return cls(units.clamp_(-(2**_FRACTION_BITS) + 1, 2**_FRACTION_BITS - 1).to(torch.int16), names)
 
     @property
     def size(self) -> int:
