@@ -10,10 +10,9 @@ import datasets
 import pytest
 from datasets import Dataset
 from peft_dpzero import DPZeroTrainer
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM, PreTrainedTokenizerFast
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
 
-from tiny import bert_config
+from tiny import bert_config, word_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "index.md")
@@ -25,23 +24,13 @@ def first_lines(page: Path) -> str:
     return page.read_text().split("```python\n", 1)[1].split("```", 1)[0]
 
 
-def words_of(texts: list[str]) -> PreTrainedTokenizerFast:
-    special = ["[PAD]", "[UNK]", "[MASK]"]
-    words = dict.fromkeys(word for text in [*texts, "It was terrible great ."] for word in text.split())
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *words])}, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made.add_special_tokens(special)
-    names = ("pad_token", "unk_token", "mask_token")
-    return PreTrainedTokenizerFast(tokenizer_object=made, **dict(zip(names, special, strict=True)))
-
-
 def test_both_pages_begin_with_the_same_lines() -> None:
     assert len({first_lines(page) for page in PAGES}) == 1
 
 
 def test_the_first_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"a film about {number} and {number % 7} more" for number in range(400)]
-    tokenizer = words_of(texts)
+    tokenizer = word_tokenizer(" ".join([*texts, "It was terrible great ."]).split())
     rows = Dataset.from_dict({"text": texts, "label": [number % 2 for number in range(400)]})
     model = BertForMaskedLM(bert_config(vocab_size=len(tokenizer)))
     asked: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +111,10 @@ def tiny_dataset(kind: str, count: int = 64, length: int = 8) -> Dataset:
     return Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * length] * count, "labels": labels})
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Five special tokens, then the words w5, w6 … by their numbers."""
+def word_tokenizer(known: Iterable[str] = tuple(f"w{i}" for i in range(5, VOCABULARY))) -> PreTrainedTokenizerFast:
+    """Five special tokens, then the `known` words: by default w5, w6 … by their numbers."""
     special = ["[PAD]", "[UNK]", "[MASK]", "[EOS]", "[BOS]"]
-    numbers = {word: i for i, word in enumerate([*special, *(f"w{i}" for i in range(len(special), VOCABULARY))])}
+    numbers = {word: i for i, word in enumerate([*special, *dict.fromkeys(known)])}
     words = Words(models.WordLevel(numbers, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = ("pad_token", "unk_token", "mask_token", "eos_token", "bos_token")

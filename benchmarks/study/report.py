@@ -14,11 +14,10 @@ from . import plots, sweep
 from .cells import Budget
 from .methods import METHODS
 from .results import Result, atomically, read_all
-from .summary import Groups, grouped, spread
+from .summary import NOTHING, Groups, grouped, spread
 
 PAGE = ROOT / "docs" / "study.md"
 MARK = "study"
-NOTHING = "Nothing has been run yet."
 RECOMPUTED = {
     "epsilon_if_secret": "ε, if its noise were secret",
     "epsilon_if_secret_and_poisson": "ε, if batches were Poisson samples too",

@@ -11,6 +11,8 @@ from typing import Any
 from .cells import Budget
 from .results import Result
 
+NOTHING = "Nothing has been run yet."
+
 
 @dataclass(frozen=True)
 class Spread:

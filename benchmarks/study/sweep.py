@@ -19,8 +19,8 @@ import tables
 
 from .cells import Budget, Cell
 from .methods import SWEPT
-from .results import Result, path_of
-from .summary import Spread
+from .results import Result, missing, path_of
+from .summary import NOTHING, Spread
 
 RATES, NORMS = (3e-3, 1e-2, 3e-2, 1e-1), (0.25, 0.5, 1.0, 2.0)
 POINTS = tuple({"learning_rate": rate, "usual_norms": norms} for rate, norms in itertools.product(RATES, NORMS))
@@ -47,8 +47,8 @@ def final_cells(tasks: Sequence[str], folder: Path) -> list[Cell]:
     """The best of the grid with the other seeds; none of a task whose grid has not been run."""
     found = []
     for task in tasks:
-        screened = [cell for cell in screening_cells([task]) if path_of(cell, folder).exists()]
-        if len(screened) < len(SCREENING_SEEDS) * len(POINTS):
+        screened = screening_cells([task])
+        if missing(screened, folder):
             continue
         results = [json.loads(path_of(cell, folder).read_text()) for cell in screened]
         ranked = sorted(range(len(POINTS)), key=lambda number: -statistics.fmean(_of(results, number)))
@@ -101,7 +101,7 @@ def rendered(results: Iterable[Result]) -> str:
         ]
         header = [f"{task}: η", *(f"C = {norms:g} × usual" for norms in NORMS)]
         parts += [tables.table(header, rows), _verdict(of_task, [r for r in ours if r["cell"]["task"] == task])]
-    return "\n\n".join(parts) or "Nothing has been run yet."
+    return "\n\n".join(parts) or NOTHING
 
 
 def _verdict(swept: list[Result], ours: list[Result]) -> str:

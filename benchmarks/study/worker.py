@@ -23,7 +23,7 @@ from memory import reset_peak, resident_mib
 from .cells import Cell, Size
 from .clock import Clock
 from .grid import settings_for
-from .methods import METHODS, SWEPT
+from .methods import ALL_METHODS
 from .methods.base import DoesNotFit, Outcome
 from .models import started
 from .results import path_of, save
@@ -38,7 +38,6 @@ def run(cell: Cell, size: Size, folder: Path, threads: int) -> None:
     before = start.accuracy()
     own = folder / "runs" / cell.name
     shutil.rmtree(own, ignore_errors=True)  # of a run that was killed: its clock cannot go on
-    method = SWEPT if cell.method == SWEPT.name else METHODS[cell.method]
     settings, why = settings_for(cell, folder)
     torch.manual_seed(cell.seed)
     loaded, peaks = resident_mib("VmRSS"), reset_peak()
@@ -46,7 +45,7 @@ def run(cell: Cell, size: Size, folder: Path, threads: int) -> None:
     cpu = time.process_time()
     fits = True
     try:
-        outcome = method.train(start, clock, cell.epsilon, cell.seed, own, **settings)
+        outcome = ALL_METHODS[cell.method].train(start, clock, cell.epsilon, cell.seed, own, **settings)
     except DoesNotFit:
         outcome, fits = Outcome(), False
     seconds, cpu = clock.seconds, time.process_time() - cpu

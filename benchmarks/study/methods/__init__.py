@@ -47,5 +47,7 @@ METHODS: dict[str, Method] = {
 
 # What only the sweep runs.
 SWEPT = Method("ours-given", "peft_dpzero, η and C given", ours_given)
+# What a cell may name.
+ALL_METHODS = METHODS | {SWEPT.name: SWEPT}
 
-__all__ = ["METHODS", "SWEPT", "Method"]
+__all__ = ["ALL_METHODS", "METHODS", "SWEPT", "Method"]
