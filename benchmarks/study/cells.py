@@ -50,7 +50,7 @@ class Size:
     held_out: int = 1000
     public: int = 4000
     start_steps: int = 150
-    basis: int = 256
+    basis: int = 64
     batch: int = 1_000_000
     move: float | None = None
 

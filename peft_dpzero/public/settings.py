@@ -20,14 +20,14 @@ from peft_dpzero.public.scales import Seconds, Slopes
 # How large the mean gradient is, squared, beside a row's: not known before training, and about this early in it.
 SIGNAL_SHARE = 0.02
 # How much the noise in a run's updates may change a loss by its end.
-_WANDERING = 0.3
+_WANDERING = 0.45
 # Smaller batches drown in noise, and of fewer rows each goes by itself.
 _BATCHES = tuple(64 << power for power in range(6))
 _DIRECTIONS = tuple(1 << power for power in range(10))
 # A run of fewer steps than this is no training.
 FEWEST_STEPS = 10
-# As few steps as this go far from the start at a rate that does no harm.
-_ENOUGH_STEPS = 100
+# As few steps as this go far from the start.
+_ENOUGH_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -178,12 +178,16 @@ def _harm(choice: Choice) -> float:
     return choice.variance.total / choice.steps
 
 
-def learning_rate(slopes: Slopes, steps: int) -> float:
+def learning_rate(slope: float, steps: int) -> float:
     """η with which the noise of a run of AdamW changes a loss by about `_WANDERING`, at a rate that falls to 0.
 
     Each number moves by η · (1 − t/T) in an unknown direction at each step: by η√(T/3) in all.
+
+    Args:
+        slope: the usual size of a row's slope along a direction.
+        steps: T.
     """
-    return _two_digits(_WANDERING / (slopes.typical * math.sqrt(steps / 3)))
+    return _two_digits(_WANDERING / (slope * math.sqrt(steps / 3)))
 
 
 def clipping_threshold(slopes: Slopes, num_directions: int) -> float:

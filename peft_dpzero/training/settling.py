@@ -209,7 +209,7 @@ def find_settings(
             once = min(once, _seconds_a_step(passes, perturbation, settled, rows, count))
         left = (sizes.deadline - time.monotonic()) / _RESERVE
         steps = steps or max(FEWEST_STEPS, int(left / once))
-        rate = rate or learning_rate(slopes, steps)
+        rate = rate or learning_rate(slopes.typical, steps)
     chosen = Settings(
         source,
         settled.clipping_threshold if config.clipping_threshold is None else None,

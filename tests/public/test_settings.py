@@ -17,7 +17,7 @@ from peft_dpzero.estimation.losses import Losses
 from peft_dpzero.estimation.tasks import infer_task
 from peft_dpzero.mechanism.accountant import COARSE_INTERVAL, Accountant
 from peft_dpzero.perturbation.perturbation import Perturbation
-from peft_dpzero.public.scales import Seconds, Slopes, find_slopes, measure_slopes
+from peft_dpzero.public.scales import Seconds, find_slopes, measure_slopes
 from peft_dpzero.public.settings import choose_sizes, learning_rate, rough_noise
 from peft_dpzero.release.journal import read_journal
 from peft_dpzero.training import settling
@@ -133,11 +133,7 @@ def test_one_side_is_read_unless_the_loss_bends(bend: float, difference: str) ->
 
 
 def test_a_rate_makes_noise_wander_as_far_whatever_the_scale_and_the_steps() -> None:
-    moved = [
-        learning_rate(Slopes((size,), 1e-3, 0.0), steps) * size * math.sqrt(steps)
-        for size in (0.1, 30.0)
-        for steps in (30, 3000)
-    ]
+    moved = [learning_rate(size, steps) * size * math.sqrt(steps) for size in (0.1, 30.0) for steps in (30, 3000)]
     assert max(moved) < 1.1 * min(moved)
 
 

@@ -6,7 +6,7 @@ coordinates, as ours does. The threshold and the learning rate follow the packag
 
 from __future__ import annotations
 
-import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from peft_dpzero.perturbation.basis import Basis
 from peft_dpzero.public.basis import find_basis
 from peft_dpzero.public.rows import public_rows
+from peft_dpzero.public.settings import learning_rate
 from torch import Tensor
 
 from ..clock import Clock
@@ -23,8 +24,6 @@ from .gradients import own_gradients, row_gradients
 from .loop import private_loop
 
 BATCH, PASSES_A_ROW, MEASURED_ROWS = 256, 3, 32
-# As the package's rule: how much the noise in a run's updates may change a loss by its end.
-WANDERING = 0.3
 
 
 def first_order_in_basis(
@@ -43,7 +42,7 @@ def first_order_in_basis(
             epsilon,
             batch=BATCH,
             threshold=typical,
-            rate=lambda steps: WANDERING / (typical * math.sqrt(steps / 3)),
+            rate=partial(learning_rate, typical),
         )
 
 

@@ -1,0 +1,222 @@
+"""What sizes of a run give, simulated: the demo's last layer with gradients in place of forward passes.
+
+    PYTHONPATH=.:benchmarks python benchmarks/last_layer.py --task tweets --runs 64x256x90 256x64x135 --seeds 3
+
+A run rxBxT has T steps with B expected rows in a basis of r vectors. With as many directions at right angles as vectors
+the differences tell a row's gradient in its coordinates, so that one gradient stands for r + 1 passes; what lies below
+the last layer is computed once. Thresholds, rates and noise follow the package's rules. It is for choosing defaults on
+sets that are public: sampling and noise are seeded, which gives no privacy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from peft_dpzero import DPZeroConfig, make_plan
+from peft_dpzero.mechanism.contribution import THRESHOLD_RATE
+from peft_dpzero.public.basis import find_basis
+from peft_dpzero.public.rows import public_rows
+from peft_dpzero.public.settings import learning_rate
+from torch import Tensor
+from torch.func import grad, vmap
+
+from study.cells import DELTA, FULL
+from study.models import LONGEST, Row, Start, started
+from study.tasks import TASKS
+from workloads import ROOT
+
+TOGETHER, MEASURED, PUBLIC = 64, 256, 1000
+FAR = -1e9
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of like length as they enter the last layer.
+
+    Attributes:
+        hidden: (b, L, h).
+        keys: (b, L, h) of its attention, which are not trained.
+        mask: (b, L), 0 or far below.
+        labels: (b,).
+    """
+
+    hidden: Tensor
+    keys: Tensor
+    mask: Tensor
+    labels: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Rows]) -> Rows:
+        """Rows of one each, padded."""
+        longest = max(row.hidden.shape[1] for row in rows)
+
+        def padded(name: str, value: float = 0.0) -> Tensor:
+            made = (getattr(row, name) for row in rows)
+            return torch.cat(
+                [F.pad(one, (0, 0) * (one.ndim - 2) + (0, longest - one.shape[1]), value=value) for one in made]
+            )
+
+        return cls(padded("hidden"), padded("keys"), padded("mask", FAR), torch.cat([row.labels for row in rows]))
+
+
+def together(rows: Sequence[Rows]) -> Iterator[Rows]:
+    """Of like length, padded."""
+    ordered = sorted(rows, key=lambda row: row.hidden.shape[1])
+    for first in range(0, len(ordered), TOGETHER):
+        yield Rows.of(ordered[first : first + TOGETHER])
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without PEFT's wrapping."""
+    return name.removeprefix("base_model.model.")
+
+
+class LastLayer:
+    """The last layer of a stock BERT classifier, with LoRA in its query, value and dense layers."""
+
+    def __init__(self, start: Start) -> None:
+        layers = start.model.base_model.model.bert.encoder.layer
+        self.module, self.name = layers[-1], f"bert.encoder.layer.{len(layers) - 1}."
+        used = (self.name, "bert.pooler.", "classifier.modules_to_save.")
+        parameters = ((plain_name(name), p) for name, p in start.model.named_parameters())
+        self.weights = {name: p.detach().clone() for name, p in parameters if name.startswith(used)}
+        self.heads = start.model.config.num_attention_heads
+        self.gradients = vmap(grad(self._loss), in_dims=(None, 0, 0, 0, 0))
+        self.outputs = vmap(self._logits, in_dims=(None, 0, 0, 0))
+
+    def _linear(self, weights: Weights, name: str, x: Tensor) -> Tensor:
+        """LoRA of scale 1 beside the base."""
+        down, up = weights[f"{name}.lora_A.default.weight"], weights[f"{name}.lora_B.default.weight"]
+        return F.linear(x, weights[f"{name}.base_layer.weight"], weights[f"{name}.base_layer.bias"]) + x @ down.T @ up.T
+
+    def _norm(self, weights: Weights, name: str, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape, weights[f"{name}.LayerNorm.weight"], weights[f"{name}.LayerNorm.bias"], 1e-12)
+
+    def _logits(self, weights: Weights, hidden: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+        """Of one row. The attention's weights are applied before its values are made."""
+        first, width = hidden[0], hidden.shape[1] // self.heads
+        query = self._linear(weights, self.name + "attention.self.query", first).view(self.heads, width)
+        scores = torch.einsum("hd,lhd->hl", query, keys.view(-1, self.heads, width)) / math.sqrt(width)
+        mixed = (scores + mask).softmax(dim=-1) @ hidden  # [heads, h]
+        name = self.name + "attention.self.value"
+        up = weights[f"{name}.lora_B.default.weight"] @ weights[f"{name}.lora_A.default.weight"]
+        whole = (weights[f"{name}.base_layer.weight"] + up).view(self.heads, width, -1)
+        values = torch.einsum("hc,hdc->hd", mixed, whole).flatten() + weights[f"{name}.base_layer.bias"]
+        name = self.name + "attention.output"
+        attended = self._norm(weights, name, self._linear(weights, f"{name}.dense", values) + first)
+        inner = F.gelu(self._linear(weights, self.name + "intermediate.dense", attended))
+        name = self.name + "output"
+        output = self._norm(weights, name, self._linear(weights, f"{name}.dense", inner) + attended)
+        pooled = F.linear(output, weights["bert.pooler.dense.weight"], weights["bert.pooler.dense.bias"]).tanh()
+        name = "classifier.modules_to_save.default"
+        return F.linear(pooled, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def _loss(self, weights: Weights, hidden: Tensor, keys: Tensor, mask: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy(self._logits(weights, hidden, keys, mask), label)
+
+    @torch.no_grad()
+    def entering(self, start: Start, rows: Iterable[Row]) -> list[Rows]:
+        """Rows as they enter the layer, one each."""
+        found, entered = list[Rows](), list[Tensor]()
+        hook = self.module.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))
+        for batch in start.batches(list(rows)):
+            start.model(**start.loss.inputs(batch))
+            hidden = entered.pop()
+            keys = self.module.attention.self.key(hidden)
+            for number, length in enumerate(batch["attention_mask"].sum(dim=1).tolist()):
+                own = (slice(number, number + 1), slice(length))
+                found.append(Rows(hidden[own], keys[own], torch.zeros(1, length), batch["labels"][own[0]]))
+        hook.remove()
+        return found
+
+
+class Simulation:
+    """A task's rows at the start of a run, with a basis of `size` vectors, of which runs take the first."""
+
+    def __init__(self, task: str, size: int) -> None:
+        start = started("minilm", task, 0, FULL, ROOT / "runs" / "study")
+        public = public_rows(start.public_text, start.loss, start.model, start.tokenizer, LONGEST)
+        self.layer = LastLayer(start)
+        self.rows, self.held_out, self.public = (
+            self.layer.entering(start, rows) for rows in (start.train, start.held_out, public[:PUBLIC])
+        )
+        basis = find_basis(start.model, start.loss, public, start.collate, dict, size)
+        self.vectors = basis.vectors.float() * 2.0**-15
+        self.names = [plain_name(name) for name in basis.names]
+
+    def weights(self, vectors: Tensor, coordinates: Tensor) -> Weights:
+        """θ₀ + Vᵀw."""
+        weights = dict(self.layer.weights)
+        moved = (coordinates @ vectors).split([weights[name].numel() for name in self.names])
+        return weights | {
+            name: weights[name] + move.view_as(weights[name]) for name, move in zip(self.names, moved, strict=True)
+        }
+
+    def gradients(self, vectors: Tensor, weights: Weights, rows: Sequence[Rows]) -> Tensor:
+        """Of each row's loss, in coordinates: (b, r)."""
+        parts = [torch.zeros(0, len(vectors))]
+        for some in together(rows):
+            made = self.layer.gradients(weights, some.hidden, some.keys, some.mask, some.labels)
+            parts.append(torch.cat([made[name].flatten(1) for name in self.names], dim=1) @ vectors.T)
+        return torch.cat(parts)
+
+    def accuracy(self, weights: Weights) -> float:
+        """On the held-out rows."""
+        right = sum(
+            int((self.layer.outputs(weights, some.hidden, some.keys, some.mask).argmax(dim=1) == some.labels).sum())
+            for some in together(self.held_out)
+        )
+        return right / len(self.held_out)
+
+    def run(self, size: int, batch: int, steps: int, epsilon: float, seed: int) -> float:
+        """Accuracy after a run."""
+        vectors = self.vectors[:size] / self.vectors[size - 1].norm()  # the longest 1, as if found alone
+        threshold = float(self.gradients(vectors, self.layer.weights, self.public[:MEASURED]).norm(dim=1).mean())
+        rate = learning_rate(threshold, steps)
+        config = DPZeroConfig(
+            target_epsilon=epsilon, target_delta=DELTA, clipping_threshold=1.0, smoothing_parameter=1e-3
+        )
+        sigma = make_plan(config, len(self.rows), batch, steps).noise_multiplier
+        generator = torch.Generator().manual_seed(seed)
+        coordinates = torch.zeros(size, requires_grad=True)
+        optimizer = torch.optim.AdamW([coordinates], weight_decay=0.0)
+        for step in range(steps):
+            joined = torch.rand(len(self.rows), generator=generator) < batch / len(self.rows)
+            weights = self.weights(vectors, coordinates.detach())
+            rows = [self.rows[number] for number in joined.nonzero().flatten().tolist()]
+            gradients = self.gradients(vectors, weights, rows)
+            norms = gradients.norm(dim=1)
+            total = (gradients * (threshold / norms.clamp(min=threshold))[:, None]).sum(dim=0)
+            coordinates.grad = (total + sigma * threshold * torch.randn(size, generator=generator)) / batch
+            threshold *= math.exp(-THRESHOLD_RATE * (float((norms <= threshold).sum()) / batch - 0.5))
+            optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
+            optimizer.step()
+        return self.accuracy(self.weights(vectors, coordinates.detach()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=[name for name, task in TASKS.items() if not task.stars], required=True)
+    parser.add_argument("--runs", nargs="+", required=True, metavar="rxBxT")
+    parser.add_argument("--epsilon", type=float, default=2.0)
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    runs = [tuple(map(int, run.split("x"))) for run in options.runs]
+    simulation = Simulation(options.task, max(size for size, _, _ in runs))
+    print(f"{options.task}: {simulation.accuracy(simulation.layer.weights):.1%} at the start", flush=True)
+    for size, batch, steps in runs:
+        found = [simulation.run(size, batch, steps, options.epsilon, seed) for seed in range(options.seeds)]
+        each = " ".join(f"{one:.1%}" for one in found)
+        print(f"r = {size}, B = {batch}, T = {steps}: {statistics.fmean(found):.1%} ({each})", flush=True)
+
+
+if __name__ == "__main__":
+    main()
