@@ -1,20 +1,22 @@
 """What sizes of a run give, simulated: the demo's last layer with gradients in place of forward passes.
 
-    PYTHONPATH=.:benchmarks python benchmarks/last_layer.py --task tweets --runs 64x256x90 256x64x135 --seeds 3
+    PYTHONPATH=.:benchmarks python benchmarks/last_layer.py --task tweets --runs 64x256x90 256x64x135
+    PYTHONPATH=.:benchmarks python benchmarks/last_layer.py --task tweets --runs 64x256x90 --seeds 5 --sweep
 
 A run rxBxT has T steps with B expected rows in a basis of r vectors. With as many directions at right angles as vectors
 the differences tell a row's gradient in its coordinates, so that one gradient stands for r + 1 passes; what lies below
-the last layer is computed once. Thresholds, rates and noise follow the package's rules. It is for choosing defaults on
-sets that are public: sampling and noise are seeded, which gives no privacy.
+the last layer is computed once. Thresholds, rates and noise follow the package's rules; --sweep compares these with a
+grid of fixed thresholds and rates. It is for choosing defaults on sets that are public: sampling and noise are seeded,
+which gives no privacy.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +30,22 @@ from torch.func import grad, vmap
 
 from study.cells import DELTA, FULL
 from study.models import LONGEST, Row, Start, started
+from study.summary import Spread
+from study.sweep import POINTS
 from study.tasks import TASKS
 from workloads import ROOT
 
 TOGETHER, MEASURED, PUBLIC = 64, 256, 1000
 FAR = -1e9
 Weights = dict[str, Tensor]
+
+
+class Sizes(NamedTuple):
+    """r, B and T."""
+
+    vectors: int
+    batch: int
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -106,9 +118,13 @@ class LastLayer:
         scores = torch.einsum("hd,lhd->hl", query, keys.view(-1, self.heads, width)) / math.sqrt(width)
         mixed = (scores + mask).softmax(dim=-1) @ hidden  # [heads, h]
         name = self.name + "attention.self.value"
-        up = weights[f"{name}.lora_B.default.weight"] @ weights[f"{name}.lora_A.default.weight"]
-        whole = (weights[f"{name}.base_layer.weight"] + up).view(self.heads, width, -1)
-        values = torch.einsum("hc,hdc->hd", mixed, whole).flatten() + weights[f"{name}.base_layer.bias"]
+        base, up = weights[f"{name}.base_layer.weight"], weights[f"{name}.lora_B.default.weight"]
+        low = mixed @ weights[f"{name}.lora_A.default.weight"].T  # [heads, rank]
+        values = sum(
+            torch.einsum("hc,hdc->hd", x, matrix.view(self.heads, width, -1))
+            for x, matrix in ((mixed, base), (low, up))
+        )
+        values = values.flatten() + weights[f"{name}.base_layer.bias"]
         name = self.name + "attention.output"
         attended = self._norm(weights, name, self._linear(weights, f"{name}.dense", values) + first)
         inner = F.gelu(self._linear(weights, self.name + "intermediate.dense", attended))
@@ -175,11 +191,14 @@ class Simulation:
         )
         return right / len(self.held_out)
 
-    def run(self, size: int, batch: int, steps: int, epsilon: float, seed: int) -> float:
-        """Accuracy after a run."""
+    def run(self, sizes: Sizes, epsilon: float, seed: int, point: Mapping[str, float] | None = None) -> float:
+        """Accuracy after a run, with the package's η and adaptive C or with those of a sweep's `point`."""
+        size, batch, steps = sizes
         vectors = self.vectors[:size] / self.vectors[size - 1].norm()  # the longest 1, as if found alone
         threshold = float(self.gradients(vectors, self.layer.weights, self.public[:MEASURED]).norm(dim=1).mean())
         rate = learning_rate(threshold, steps)
+        if point is not None:
+            threshold, rate = point["usual_norms"] * threshold, point["learning_rate"]
         config = DPZeroConfig(
             target_epsilon=epsilon, target_delta=DELTA, clipping_threshold=1.0, smoothing_parameter=1e-3
         )
@@ -195,7 +214,8 @@ class Simulation:
             norms = gradients.norm(dim=1)
             total = (gradients * (threshold / norms.clamp(min=threshold))[:, None]).sum(dim=0)
             coordinates.grad = (total + sigma * threshold * torch.randn(size, generator=generator)) / batch
-            threshold *= math.exp(-THRESHOLD_RATE * (float((norms <= threshold).sum()) / batch - 0.5))
+            if point is None:
+                threshold *= math.exp(-THRESHOLD_RATE * (float((norms <= threshold).sum()) / batch - 0.5))
             optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
             optimizer.step()
         return self.accuracy(self.weights(vectors, coordinates.detach()))
@@ -207,15 +227,22 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", required=True, metavar="rxBxT")
     parser.add_argument("--epsilon", type=float, default=2.0)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--sweep", action="store_true", help="a grid of learning rates and thresholds, too")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    runs = [tuple(map(int, run.split("x"))) for run in options.runs]
-    simulation = Simulation(options.task, max(size for size, _, _ in runs))
+    runs = [Sizes(*map(int, run.split("x"))) for run in options.runs]
+    simulation = Simulation(options.task, max(sizes.vectors for sizes in runs))
     print(f"{options.task}: {simulation.accuracy(simulation.layer.weights):.1%} at the start", flush=True)
-    for size, batch, steps in runs:
-        found = [simulation.run(size, batch, steps, options.epsilon, seed) for seed in range(options.seeds)]
-        each = " ".join(f"{one:.1%}" for one in found)
-        print(f"r = {size}, B = {batch}, T = {steps}: {statistics.fmean(found):.1%} ({each})", flush=True)
+
+    def shown(sizes: Sizes, point: Mapping[str, float] | None = None) -> str:
+        found = (simulation.run(sizes, options.epsilon, seed, point) for seed in range(options.seeds))
+        return Spread.of(found).shown(100)
+
+    for sizes in runs:
+        print(f"r = {sizes.vectors}, B = {sizes.batch}, T = {sizes.steps}: {shown(sizes)}", flush=True)
+        for point in POINTS if options.sweep else ():
+            rate, norms = point["learning_rate"], point["usual_norms"]
+            print(f"  η = {rate:g}, C = {norms:g} × usual: {shown(sizes, point)}", flush=True)
 
 
 if __name__ == "__main__":

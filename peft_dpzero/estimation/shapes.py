@@ -219,8 +219,8 @@ def may_have_company(batch: Mapping[str, Any]) -> bool:
 
 
 def row_counts(most: int) -> list[int]:
-    """1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, …, up to `most`: quarters of powers of two."""
-    counts = {(quarters << power) // 4 for power in range(max(most, 1).bit_length()) for quarters in range(4, 8)}
+    """1, 2, 3, 4, 6, 8, 12, 16, …, up to `most`: halves of powers of two, since each is tried before training."""
+    counts = {(halves << power) // 2 for power in range(max(most, 1).bit_length()) for halves in (2, 3)}
     return sorted(count for count in counts if count <= max(most, 1))
 
 

@@ -27,7 +27,7 @@ _DIRECTIONS = tuple(1 << power for power in range(10))
 # A run of fewer steps than this is no training.
 FEWEST_STEPS = 10
 # As few steps as this go far from the start.
-_ENOUGH_STEPS = 50
+ENOUGH_STEPS = 40
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def choose_sizes(
             f"{steps or FEWEST_STEPS} steps take {least / 60:.1g} minutes at least here, and {budget / 60:.1g} are "
             "left of `minutes`: give more, or train fewer or higher layers."
         )
-    enough = [choice for choice in found if choice.steps >= _ENOUGH_STEPS] or found
+    enough = [choice for choice in found if choice.steps >= ENOUGH_STEPS] or found
     # The accountant takes longer than a formula: it is asked about the best of each batch only.
     of_size = ([one for one in enough if one.expected_batch_size == size] for size in batches)
     finalists = [min(some, key=_harm) for some in of_size if some]

@@ -23,6 +23,7 @@ from peft_dpzero.estimation.shapes import Shapes, as_row
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.public.scales import Slopes, find_slopes, measure_seconds
 from peft_dpzero.public.settings import (
+    ENOUGH_STEPS,
     FEWEST_STEPS,
     Choice,
     Settings,
@@ -40,7 +41,8 @@ _READ = 32
 # Of made-up rows: the longest, unless `max_length` is less, and the parts of it that they have.
 _LONGEST = 64
 _PARTS = (0.25, 0.5, 0.5, 0.75)
-# A step that takes this many times as long as was planned is timed once more: something else may have run.
+# A step is timed twice, as the first warms up, unless there are so few that each counts and it took no longer than this
+# many times what was planned: something else may have run.
 _SURPRISING = 1.3
 # What steps take besides what was timed, and what is left for saving.
 _RESERVE = 1.1
@@ -205,7 +207,7 @@ def find_settings(
     if sizes.deadline is not None and choice is not None:
         count = max(1, round(expected))
         once = _seconds_a_step(passes, perturbation, settled, rows, count)
-        if once > _SURPRISING * choice.seconds:
+        if choice.steps >= ENOUGH_STEPS or once > _SURPRISING * choice.seconds:
             once = min(once, _seconds_a_step(passes, perturbation, settled, rows, count))
         left = (sizes.deadline - time.monotonic()) / _RESERVE
         steps = steps or max(FEWEST_STEPS, int(left / once))
