@@ -91,14 +91,22 @@ def plain_name(name: str) -> str:
 
 
 class LastLayer:
-    """The last layer of a stock BERT classifier, with LoRA in its query, value and dense layers."""
+    """The last layer of a stock BERT classifier, with LoRA in its query, value and dense layers.
+
+    Attributes:
+        weights: what is trained.
+        gradients: of each row's loss, (weights, hidden, keys, mask, labels) to (b, …) by name.
+        outputs: logits, (weights, hidden, keys, mask) to (b, classes).
+    """
 
     def __init__(self, start: Start) -> None:
         layers = start.model.base_model.model.bert.encoder.layer
         self.module, self.name = layers[-1], f"bert.encoder.layer.{len(layers) - 1}."
         used = (self.name, "bert.pooler.", "classifier.modules_to_save.")
-        parameters = ((plain_name(name), p) for name, p in start.model.named_parameters())
-        self.weights = {name: p.detach().clone() for name, p in parameters if name.startswith(used)}
+        parameters = {plain_name(name): p for name, p in start.model.named_parameters()}
+        read = {name: p.detach().clone() for name, p in parameters.items() if name.startswith(used)}
+        self.weights = {name: value for name, value in read.items() if parameters[name].requires_grad}
+        self.frozen = {name: value for name, value in read.items() if name not in self.weights}
         self.heads = start.model.config.num_attention_heads
         self.gradients = vmap(grad(self._loss), in_dims=(None, 0, 0, 0, 0))
         self.outputs = vmap(self._logits, in_dims=(None, 0, 0, 0))
@@ -111,8 +119,9 @@ class LastLayer:
     def _norm(self, weights: Weights, name: str, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape, weights[f"{name}.LayerNorm.weight"], weights[f"{name}.LayerNorm.bias"], 1e-12)
 
-    def _logits(self, weights: Weights, hidden: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+    def _logits(self, trained: Weights, hidden: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
         """Of one row. The attention's weights are applied before its values are made."""
+        weights = self.frozen | trained
         first, width = hidden[0], hidden.shape[1] // self.heads
         query = self._linear(weights, self.name + "attention.self.query", first).view(self.heads, width)
         scores = torch.einsum("hd,lhd->hl", query, keys.view(-1, self.heads, width)) / math.sqrt(width)
@@ -134,8 +143,8 @@ class LastLayer:
         name = "classifier.modules_to_save.default"
         return F.linear(pooled, weights[f"{name}.weight"], weights[f"{name}.bias"])
 
-    def _loss(self, weights: Weights, hidden: Tensor, keys: Tensor, mask: Tensor, label: Tensor) -> Tensor:
-        return F.cross_entropy(self._logits(weights, hidden, keys, mask), label)
+    def _loss(self, trained: Weights, hidden: Tensor, keys: Tensor, mask: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy(self._logits(trained, hidden, keys, mask), label)
 
     @torch.no_grad()
     def entering(self, start: Start, rows: Iterable[Row]) -> list[Rows]:
