@@ -20,15 +20,16 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peft_dpzero import DPZeroConfig, make_plan
 from peft_dpzero.mechanism.contribution import THRESHOLD_RATE
+from peft_dpzero.modules import hooked
 from peft_dpzero.public.basis import find_basis
 from peft_dpzero.public.rows import public_rows
 from peft_dpzero.public.settings import learning_rate
 from torch import Tensor
 from torch.func import grad, vmap
 
-from study.cells import DELTA, FULL
+from study.cells import FULL
+from study.mechanism import PoissonGaussian, clipped
 from study.models import LONGEST, Row, Start, started
 from study.summary import Spread
 from study.sweep import POINTS
@@ -88,6 +89,23 @@ def together(rows: Sequence[Rows]) -> Iterator[Rows]:
 def plain_name(name: str) -> str:
     """A parameter's name without PEFT's wrapping."""
     return name.removeprefix("base_model.model.")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What all runs of the same sizes share.
+
+    Attributes:
+        sizes: theirs.
+        vectors: (r, d), of the basis.
+        usual: the usual norm of a public row's gradient in it, at the start.
+        noise_multiplier: σ.
+    """
+
+    sizes: Sizes
+    vectors: Tensor
+    usual: float
+    noise_multiplier: float
 
 
 class LastLayer:
@@ -151,14 +169,14 @@ class LastLayer:
         """Rows as they enter the layer, one each."""
         found, entered = list[Rows](), list[Tensor]()
         hook = self.module.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))
-        for batch in start.batches(list(rows)):
-            start.model(**start.loss.inputs(batch))
-            hidden = entered.pop()
-            keys = self.module.attention.self.key(hidden)
-            for number, length in enumerate(batch["attention_mask"].sum(dim=1).tolist()):
-                own = (slice(number, number + 1), slice(length))
-                found.append(Rows(hidden[own], keys[own], torch.zeros(1, length), batch["labels"][own[0]]))
-        hook.remove()
+        with hooked([hook]):
+            for batch in start.batches(list(rows)):
+                start.model(**start.loss.inputs(batch))
+                hidden = entered.pop()
+                keys = self.module.attention.self.key(hidden)
+                for number, length in enumerate(batch["attention_mask"].sum(dim=1).tolist()):
+                    own = (slice(number, number + 1), slice(length))
+                    found.append(Rows(hidden[own], keys[own], torch.zeros(1, length), batch["labels"][own[0]]))
         return found
 
 
@@ -169,16 +187,17 @@ class Simulation:
         start = started("minilm", task, 0, FULL, ROOT / "runs" / "study")
         public = public_rows(start.public_text, start.loss, start.model, start.tokenizer, LONGEST)
         self.layer = LastLayer(start)
-        self.rows, self.held_out, self.public = (
+        self.rows, held_out, self.public = (
             self.layer.entering(start, rows) for rows in (start.train, start.held_out, public[:PUBLIC])
         )
+        self.held_out = list(together(held_out))
         basis = find_basis(start.model, start.loss, public, start.collate, dict, size)
         self.vectors = basis.vectors.float() * 2.0**-15
         self.names = [plain_name(name) for name in basis.names]
 
     def weights(self, vectors: Tensor, coordinates: Tensor) -> Weights:
         """θ₀ + Vᵀw."""
-        weights = dict(self.layer.weights)
+        weights = self.layer.weights
         moved = (coordinates @ vectors).split([weights[name].numel() for name in self.names])
         return weights | {
             name: weights[name] + move.view_as(weights[name]) for name, move in zip(self.names, moved, strict=True)
@@ -196,22 +215,23 @@ class Simulation:
         """On the held-out rows."""
         right = sum(
             int((self.layer.outputs(weights, some.hidden, some.keys, some.mask).argmax(dim=1) == some.labels).sum())
-            for some in together(self.held_out)
+            for some in self.held_out
         )
-        return right / len(self.held_out)
+        return right / sum(len(some.labels) for some in self.held_out)
 
-    def run(self, sizes: Sizes, epsilon: float, seed: int, point: Mapping[str, float] | None = None) -> float:
+    def planned(self, sizes: Sizes, epsilon: float) -> Planned:
+        """For runs of these sizes."""
+        vectors = self.vectors[: sizes.vectors] / self.vectors[sizes.vectors - 1].norm()  # as if found alone: longest 1
+        usual = float(self.gradients(vectors, self.layer.weights, self.public[:MEASURED]).norm(dim=1).mean())
+        mechanism = PoissonGaussian(epsilon, len(self.rows), sizes.batch, sizes.steps, usual)
+        return Planned(sizes, vectors, usual, mechanism.noise_multiplier)
+
+    def run(self, plan: Planned, seed: int, point: Mapping[str, float] | None = None) -> float:
         """Accuracy after a run, with the package's η and adaptive C or with those of a sweep's `point`."""
-        size, batch, steps = sizes
-        vectors = self.vectors[:size] / self.vectors[size - 1].norm()  # the longest 1, as if found alone
-        threshold = float(self.gradients(vectors, self.layer.weights, self.public[:MEASURED]).norm(dim=1).mean())
-        rate = learning_rate(threshold, steps)
+        (size, batch, steps), vectors = plan.sizes, plan.vectors
+        threshold, rate = plan.usual, learning_rate(plan.usual, steps)
         if point is not None:
-            threshold, rate = point["usual_norms"] * threshold, point["learning_rate"]
-        config = DPZeroConfig(
-            target_epsilon=epsilon, target_delta=DELTA, clipping_threshold=1.0, smoothing_parameter=1e-3
-        )
-        sigma = make_plan(config, len(self.rows), batch, steps).noise_multiplier
+            threshold, rate = point["usual_norms"] * plan.usual, point["learning_rate"]
         generator = torch.Generator().manual_seed(seed)
         coordinates = torch.zeros(size, requires_grad=True)
         optimizer = torch.optim.AdamW([coordinates], weight_decay=0.0)
@@ -220,11 +240,11 @@ class Simulation:
             weights = self.weights(vectors, coordinates.detach())
             rows = [self.rows[number] for number in joined.nonzero().flatten().tolist()]
             gradients = self.gradients(vectors, weights, rows)
-            norms = gradients.norm(dim=1)
-            total = (gradients * (threshold / norms.clamp(min=threshold))[:, None]).sum(dim=0)
-            coordinates.grad = (total + sigma * threshold * torch.randn(size, generator=generator)) / batch
+            noise = plan.noise_multiplier * threshold * torch.randn(size, generator=generator)
+            coordinates.grad = (clipped(gradients, threshold).sum(dim=0) + noise) / batch
             if point is None:
-                threshold *= math.exp(-THRESHOLD_RATE * (float((norms <= threshold).sum()) / batch - 0.5))
+                below = int((gradients.norm(dim=1) <= threshold).sum())
+                threshold *= math.exp(-THRESHOLD_RATE * (below / batch - 0.5))
             optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
             optimizer.step()
         return self.accuracy(self.weights(vectors, coordinates.detach()))
@@ -243,15 +263,15 @@ def main() -> None:
     simulation = Simulation(options.task, max(sizes.vectors for sizes in runs))
     print(f"{options.task}: {simulation.accuracy(simulation.layer.weights):.1%} at the start", flush=True)
 
-    def shown(sizes: Sizes, point: Mapping[str, float] | None = None) -> str:
-        found = (simulation.run(sizes, options.epsilon, seed, point) for seed in range(options.seeds))
-        return Spread.of(found).shown(100)
+    def shown(plan: Planned, point: Mapping[str, float] | None = None) -> str:
+        return Spread.of(simulation.run(plan, seed, point) for seed in range(options.seeds)).shown(100)
 
     for sizes in runs:
-        print(f"r = {sizes.vectors}, B = {sizes.batch}, T = {sizes.steps}: {shown(sizes)}", flush=True)
+        plan = simulation.planned(sizes, options.epsilon)
+        print(f"r = {sizes.vectors}, B = {sizes.batch}, T = {sizes.steps}: {shown(plan)}", flush=True)
         for point in POINTS if options.sweep else ():
             rate, norms = point["learning_rate"], point["usual_norms"]
-            print(f"  η = {rate:g}, C = {norms:g} × usual: {shown(sizes, point)}", flush=True)
+            print(f"  η = {rate:g}, C = {norms:g} × usual: {shown(plan, point)}", flush=True)
 
 
 if __name__ == "__main__":

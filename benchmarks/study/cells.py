@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from peft_dpzero import DPZeroConfig
+
 DELTA = 1e-5
 
 
@@ -50,7 +52,7 @@ class Size:
     held_out: int = 1000
     public: int = 4000
     start_steps: int = 150
-    basis: int = 64
+    basis: int = DPZeroConfig.basis_size
     batch: int = 1_000_000
     move: float | None = None
 
