@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from peft_dpzero import DPZeroConfig
 from peft_dpzero.mechanism.contribution import THRESHOLD_RATE
 from peft_dpzero.modules import hooked
 from peft_dpzero.public.basis import find_basis
@@ -244,7 +245,7 @@ class Simulation:
             coordinates.grad = (clipped(gradients, threshold).sum(dim=0) + noise) / batch
             if point is None:
                 below = int((gradients.norm(dim=1) <= threshold).sum())
-                threshold *= math.exp(-THRESHOLD_RATE * (below / batch - 0.5))
+                threshold *= math.exp(-THRESHOLD_RATE * (below / batch - DPZeroConfig.clipping_quantile))
             optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
             optimizer.step()
         return self.accuracy(self.weights(vectors, coordinates.detach()))

@@ -82,7 +82,7 @@ class DPZeroConfig:
         metadata=_help("C: the L2 bound on one unit's vector of K loss differences. None measures their usual norm."),
     )
     clipping_quantile: float = field(
-        default=0.5, metadata=_help("Share of units that adaptive clipping leaves unclipped.")
+        default=0.8, metadata=_help("Share of units that adaptive clipping leaves unclipped.")
     )
 
     max_length: int | None = field(
@@ -189,8 +189,8 @@ class DPZeroConfig:
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}.")
         if not (_is_number(self.clipping_quantile) and 0 < self.clipping_quantile < 1):
             raise ValueError(
-                f"clipping_quantile must lie strictly between 0 and 1, got {self.clipping_quantile!r}: 0.5 leaves half "
-                "of the units unclipped."
+                f"clipping_quantile must lie strictly between 0 and 1, got {self.clipping_quantile!r}: 0.8 clips a "
+                "fifth of the units."
             )
         if self.privacy_unit is not None and not (isinstance(self.privacy_unit, str) and self.privacy_unit):
             raise ValueError(f"privacy_unit must be a column's name or None, got {self.privacy_unit!r}.")
