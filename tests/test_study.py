@@ -18,7 +18,7 @@ import torch
 from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import PLDAccountant
 from peft import LoraConfig, get_peft_model
-from peft_dpzero import infer_task
+from peft_dpzero import Verbalizer, infer_task
 from peft_dpzero.perturbation.basis import Basis
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -59,6 +59,25 @@ def start() -> Start:
     model = tiny_lora("classifier").eval()
     texts = [" ".join(f"w{token}" for token in row["input_ids"]) for row in rows[56:]]
     return Start(model, word_tokenizer(), infer_task(model), rows[:48], rows[48:56], rows[56:], texts, SIZE)
+
+
+def test_a_language_models_label_words_are_scored_without_its_vocabulary() -> None:
+    model, tokenizer = tiny_lora("causal_lm").eval(), word_tokenizer()
+    rows = [
+        {"input_ids": ids[: 4 + i % 4], "attention_mask": [1] * (4 + i % 4), "labels": i % 2}
+        for i, ids in enumerate(token_rows(8))
+    ]
+    words = Verbalizer(tokenizer, ["w7", "w9"], causal=True)
+    prompted = Start(model, tokenizer, words, rows, rows, rows, [], SIZE)
+    (batch,) = prompted.batches(rows)
+    with torch.no_grad():
+        whole = words.predictions(model(**words.inputs(batch)), batch)
+        seen = list[int]()
+        model.get_output_embeddings().register_forward_hook(lambda head, inputs, made: seen.append(made.shape[-1]))
+        torch.testing.assert_close(prompted.predictions(batch), whole)
+    assert seen == [0]
+    right = (whole.argmax(dim=1) == batch["labels"]).double().mean()
+    assert prompted.accuracy() == pytest.approx(float(right))
 
 
 def epsilon_of(sigma: float, rate: float, steps: int) -> float:

@@ -13,6 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from peft_dpzero import Task as Loss
 from peft_dpzero import Verbalizer, infer_task
+from peft_dpzero.estimation.shortcuts.label_logits import HiddenLogits, OutputHead
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -104,9 +105,19 @@ class Start:
         self.model.eval()
         right = 0
         for batch in self.batches(self.held_out):
-            found = self.loss.predictions(self.model(**self.loss.inputs(batch)), batch)
-            right += int((found.argmax(dim=1) == batch["labels"]).sum())
+            right += int((self.predictions(batch).argmax(dim=1) == batch["labels"]).sum())
         return right / len(self.held_out)
+
+    def predictions(self, batch: Batch) -> Tensor:
+        """Scores of the classes: (b, c). Of a language model no logits are made but the label words'."""
+        inputs = self.loss.inputs(batch)
+        if not isinstance(self.loss, Verbalizer):
+            return self.loss.predictions(self.model(**inputs), batch)
+        head = OutputHead.of(self.model)
+        assert head is not None
+        with head.held_back() as hidden:
+            self.model(**inputs)
+        return self.loss.scores_from(HiddenLogits(hidden[-1], head), batch)
 
 
 def minilm(task: Task, data: Data, seed: int, size: Size, weights: Path) -> Start:

@@ -150,8 +150,22 @@ def _narrowed(trials: Trials, shortcuts: Shortcuts, run: Callable[[], Any]) -> N
     attention = last_attention(trials.model, lambda: trials.losses(shortcuts, _POINTS[:1])) if layers else None
     for asked in (attention, replace(attention, values=None)) if attention else ():
         if trials.agree_narrowed(shortcuts, layers, asked):
-            return NarrowedLayers(layers, asked)
+            return _with_queries(trials, shortcuts, layers, asked, tried)
     return NarrowedLayers(layers) if layers else None
+
+
+def _with_queries(
+    trials: Trials,
+    shortcuts: Shortcuts,
+    layers: Sequence[nn.Module],
+    attention: LastAttention,
+    tried: Sequence[nn.Module],
+) -> NarrowedLayers:
+    """Those of `tried`, too, that can be narrowed since the attention is asked at few places, as that of queries."""
+    done = {attention.values, *layers}.union(*(layer.modules() for layer in layers))
+    before = [module for module in tried if module not in done]
+    more = find_narrowed(before, lambda some: trials.agree_narrowed(shortcuts, [*layers, *some], attention))
+    return NarrowedLayers([*layers, *more], attention)
 
 
 def _with(trials: Trials, shortcuts: Shortcuts, **more: Any) -> Shortcuts:

@@ -74,11 +74,11 @@ class Verbalizer(LabelPositionTask):
         return {"input_ids": rows, "attention_mask": (columns < sizes).to(mask.dtype)}
 
     def losses_from(self, logits: Logits, batch: Batch) -> Tensor:
-        return F.cross_entropy(self._scores(logits, batch), labels_of(batch).view(-1), reduction="none")
+        return F.cross_entropy(self.scores_from(logits, batch), labels_of(batch).view(-1), reduction="none")
 
     def predictions(self, outputs: Any, batch: Batch) -> Tensor:
         """Scores of the label words: [b, c], float32 or float64."""
-        return self._scores(FullLogits(outputs.logits), batch)
+        return self.scores_from(FullLogits(outputs.logits), batch)
 
     def positions(self, batch: Batch, length: int) -> tuple[Tensor, Tensor]:
         ids, mask = batch["input_ids"], _attention(batch)
@@ -98,7 +98,8 @@ class Verbalizer(LabelPositionTask):
     def _masks(self, ids: Tensor) -> Tensor:
         return torch.eq(ids, self.mask_token_id)
 
-    def _scores(self, logits: Logits, batch: Batch) -> Tensor:
+    def scores_from(self, logits: Logits, batch: Batch) -> Tensor:
+        """Scores of the label words: [b, c], float32 or float64."""
         ids = batch["input_ids"]
         tokens = self.tokens.to(ids.device)
         rows, slots = self.positions(batch, logits.length)

@@ -129,6 +129,22 @@ def test_the_last_layers_are_found_to_the_last_attention_and_no_further(kind: st
     assert not adapted or names[last.attention.values].endswith(("value", "v_proj"))
 
 
+def test_queries_are_narrowed_though_a_kernel_rounds_by_those_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def rounding(module: nn.Module, query: Tensor, *args: Any, **settings: Any) -> Any:
+        far = 8 * query.abs().max()
+        return attend(module, (query + far) - far, *args, **settings)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", rounding)
+    model = tiny_lora("classifier").eval()
+    last = chosen(model).read_positions
+    assert last is not None
+    layer = model.base_model.model.bert.encoder.layer[1]
+    assert layer.attention.self.query in last.modules
+    assert layer.attention.self.value not in last.modules
+
+
 def test_a_head_that_pools_over_all_tokens_is_not_narrowed() -> None:
     class MeanPooler(nn.Module):
         def forward(self, hidden: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from peft_dpzero.estimation.shortcuts.filled_rows import filled
 from peft_dpzero.estimation.shortcuts.merged_lora import is_plain, plain_adapters
 from peft_dpzero.estimation.shortcuts.places import Places
 from peft_dpzero.estimation.shortcuts.stacked_products import product
@@ -65,8 +66,13 @@ class _LowRank:
 
     def weighted(self, weights: Tensor, groups: int) -> Tensor:
         """The part's sum under `weights` (b, groups, n, l): (b, groups, n, out / groups)."""
-        factors = self.high.view(groups, -1, self.high.shape[1]).transpose(1, 2)  # [groups, r, out / groups]
-        return torch.matmul(weights @ self.low.unsqueeze(1), factors) * self.scale
+        rows, rank = len(weights), self.high.shape[1]
+        factors = self.high.view(groups, -1, rank).transpose(1, 2)  # [groups, r, out / groups]
+        low = (weights.flatten(1, 2) @ self.low).view(rows, groups, -1, rank)  # [b, groups, n, r]
+        missing = low.new_zeros(filled(rows) - rows, *low.shape[1:])
+        made = torch.cat([low, missing]).transpose(0, 1).flatten(1, 2) @ factors  # [groups, filled · n, out / groups]
+        made = made.view(groups, filled(rows), -1, made.shape[-1]).transpose(0, 1)[:rows]
+        return made * self.scale
 
 
 def _held_back(layer: LoraLinear, places: Places, held: list[_LowRank]) -> Forward:
@@ -122,7 +128,7 @@ def _attended(
     else:
         full = attention_mask.expand(rows, *attention_mask.shape[1:])
         asked = full.transpose(1, 2)[lines, positions].transpose(1, 2)  # [b, heads or 1, positions, keys]
-    few = query.transpose(1, 2)[lines, positions].transpose(1, 2)  # [b, heads, positions, d]
+    few = query.gather(2, positions[:, None, :, None].expand(-1, heads, -1, width))  # [b, heads, positions, d]
     wide = torch.promote_types(query.dtype, torch.float32)
     # Heads of a group share keys and values.
     few = few.reshape(rows, groups, -1, width).to(wide)
