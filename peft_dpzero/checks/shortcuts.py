@@ -148,7 +148,8 @@ def _narrowed(trials: Trials, shortcuts: Shortcuts, run: Callable[[], Any]) -> N
     tried = [module for module in last_modules(trials.model, run) if held_back.isdisjoint(module.modules())]
     layers = find_narrowed(tried, lambda modules: trials.agree_narrowed(shortcuts, modules))
     attention = last_attention(trials.model, lambda: trials.losses(shortcuts, _POINTS[:1])) if layers else None
-    for asked in (attention, replace(attention, values=None)) if attention else ():
+    ways = (replace(attention, hands_over=True), attention, replace(attention, values=None)) if attention else ()
+    for asked in ways:
         if trials.agree_narrowed(shortcuts, layers, asked):
             return _with_queries(trials, shortcuts, layers, asked, tried)
     return NarrowedLayers(layers) if layers else None

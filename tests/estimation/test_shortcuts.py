@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from peft_dpzero import TokenTask, infer_task
+from peft_dpzero.checks import shortcuts as shortcuts_tried
 from peft_dpzero.checks.probe import Probe
 from peft_dpzero.estimation.differences import losses_at
 from peft_dpzero.estimation.losses import Losses, Shortcuts
@@ -124,6 +125,7 @@ def test_the_last_layers_are_found_to_the_last_attention_and_no_further(kind: st
     for part in LOWER[kind]:
         assert not any(name.endswith(part) or f".{part}." in name for name in found), part
     assert last.attention is not None
+    assert last.attention.hands_over
     assert ".1." in names[last.attention.module]
     adapted = build is tiny_lora and {"value", "v_proj"} & set(LORA_TARGETS[kind])
     assert not adapted or names[last.attention.values].endswith(("value", "v_proj"))
@@ -211,6 +213,27 @@ def test_an_attention_asked_at_few_places_gives_there_what_all_of_it_gives(
         made, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](**call)
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attend
     torch.testing.assert_close(made[lines, read], whole[lines, read], rtol=1e-10, atol=1e-12)
+
+
+def test_an_output_that_is_changed_on_its_way_is_not_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shortcuts_tried, "reason_to_separate", lambda model, task: None)
+
+    class Gated(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return self.layer(torch.tanh(30 * hidden))
+
+    model = tiny_lora("causal_lm").eval()
+    attention = model.base_model.model.model.layers[1].self_attn
+    attention.o_proj = Gated(attention.o_proj)
+    last = chosen(model).read_positions
+    assert last is not None
+    assert attention.o_proj.layer in last.modules
+    assert last.attention is not None
+    assert not last.attention.hands_over
 
 
 def test_values_that_are_changed_before_the_attention_are_not_held_back() -> None:

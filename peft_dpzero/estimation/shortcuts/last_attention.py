@@ -33,10 +33,13 @@ class LastAttention:
     Attributes:
         module: calls the interface.
         values: its LoRA layer of values, if its product is taken after the attention's weights.
+        hands_over: whether a narrowed layer comes next, to which its output goes by way of `Places`, not spread over
+            all positions.
     """
 
     module: nn.Module
     values: LoraLinear | None = None
+    hands_over: bool = False
 
     @contextmanager
     def narrowed(self, places: Places) -> Iterator[None]:
@@ -49,6 +52,9 @@ class LastAttention:
             if read is None:
                 return attend(module, query, *args, **settings)
             output = _attended(module, read, query, *args, low_rank=held, **settings)
+            if self.hands_over:
+                places.handed_over = output.flatten(2)
+                output = output[..., :1, :1]
             return places.everywhere(output, query.shape[2]), None
 
         values = {self.values: _held_back(self.values, places, held)} if self.values else {}

@@ -25,7 +25,13 @@ class Places:
     Args:
         positions: of the pass.
         loud: what stands elsewhere is large, not zero.
+
+    Attributes:
+        handed_over: (b, positions, …) of the places that are read, for which one entry a position stands where the
+            model passes it on.
     """
+
+    handed_over: Tensor | None = None
 
     def __init__(self, positions: Positions, loud: bool = False) -> None:
         self._positions = positions
@@ -41,6 +47,12 @@ class Places:
             else:
                 self._read[rows, length] = _with_more(read[0].view(rows, -1)), _with_more(read[1].view(rows, -1))
         return self._read[rows, length]
+
+    def at(self, read: Read, values: Tensor) -> Tensor:
+        """What `values` (b, length, …) hold where is read, or what was handed over if they stand for that."""
+        if self.handed_over is not None and values.shape[-1] == 1:
+            return self.handed_over[read[0][:, 0]]
+        return values[read]
 
     def everywhere(self, output: Tensor, length: int) -> Tensor:
         """`output` (b, positions, …) of what is read, as (b, length, …)."""

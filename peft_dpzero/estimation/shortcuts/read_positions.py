@@ -60,7 +60,7 @@ def _narrowed(original: Forward, places: Places) -> Forward:
         read = places.of(*shape) if shape else None
         if shape is None or read is None:
             return original(*args, **kwargs)
-        output = original(*(arg[read] for arg in args))[: shape[0]]  # [b, positions, …]
+        output = original(*(places.at(read, arg) for arg in args))[: shape[0]]  # [b, positions, …]
         return places.everywhere(output, shape[1])
 
     return forward
