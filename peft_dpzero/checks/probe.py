@@ -307,7 +307,7 @@ def _bits(
     tried = points[: max(2, together) + len(points) % max(2, together)]
     for batch, where in zip(batches, places, strict=True):
         rows, count = list(where), len(batch["input_ids"])
-        with losses.over_one_micro_batch() as restart:
+        with losses.over_one_micro_batch(batch) as restart:
             own = partial(_own, rows=rows, count=count)
             with perturbation.at(0, *points[0]), losses.at_one_point(), watched(losses.model, own) as seen:
                 values = losses(batch)[None]

@@ -15,6 +15,7 @@ from peft_dpzero.checks.architectures import positions_of, reason_to_separate
 from peft_dpzero.estimation.differences import losses_at
 from peft_dpzero.estimation.losses import PLAIN, Losses, MicroBatch, Shortcuts
 from peft_dpzero.estimation.shortcuts.filled_rows import FilledLayers, layers_of_rows
+from peft_dpzero.estimation.shortcuts.kept_trunk import KeptTrunk, find_kept
 from peft_dpzero.estimation.shortcuts.label_logits import OutputHead
 from peft_dpzero.estimation.shortcuts.last_attention import LastAttention, last_attention
 from peft_dpzero.estimation.shortcuts.merged_lora import MergedLora
@@ -77,6 +78,7 @@ class Trials:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                losses.prepare([batch])
                 return losses_at(losses, [batch], self.perturbation, 0, points)[0]
         except Exception as error:
             logger.info("A faster pass is not used: %s on made-up tokens.", type(error).__name__)
@@ -104,6 +106,19 @@ class Trials:
         if quiet is None or loud is None or self._plain_narrowable is None:
             return False
         return torch.equal(quiet, loud) and self._near(quiet, self._plain_narrowable[:1])
+
+    def agree_kept(self, shortcuts: Shortcuts, kept: KeptTrunk) -> bool:
+        """Whether no bit of the losses changes by what is kept."""
+        keeping = replace(shortcuts, kept=kept)
+        plain = self.losses(shortcuts)
+        if plain is None or self.losses(keeping) is None:
+            return False
+        # What a model notes in a pass, to use it further up, is of other rows from here on.
+        others = {**self._batch, "input_ids": self._batch["input_ids"].roll(1, dims=1)}
+        with torch.no_grad():
+            self.model(**self.task.inputs(others))
+        found = self.losses(keeping)
+        return found is not None and torch.equal(plain, found)
 
     def _near(self, losses: Tensor | None, plain: Tensor | None) -> bool:
         if losses is None or plain is None:
@@ -139,7 +154,10 @@ def find_shortcuts(trials: Trials, trunk: SharedTrunk | None, run: Callable[[], 
         return found
     trunk.measure(lambda: trials.losses(found, _POINTS[:1]), lambda: trials.losses(found, _POINTS[1:]))
     shared = _with(trials, found, trunk=trunk)
-    return shared if shared.trunk else replace(found, trunk=trunk, stacked=False)
+    shared = shared if shared.trunk else replace(found, trunk=trunk, stacked=False)
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        return shared
+    return replace(shared, kept=find_kept(trunk, run, lambda kept: trials.agree_kept(shared, kept)))
 
 
 def _narrowed(trials: Trials, shortcuts: Shortcuts, run: Callable[[], Any]) -> NarrowedLayers | None:

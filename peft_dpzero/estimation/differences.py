@@ -35,6 +35,7 @@ def estimate_differences(
     if not batch.micro_batches:
         nothing = torch.full((batch.num_units, num_directions), torch.nan, dtype=torch.float64)
         return PrivateDifferences(nothing, nothing[:, 0])
+    losses.prepare(batch.micro_batches)
     scale = smoothing_parameter
     points = points_of(num_directions, scale, difference)
     columns, levels = [], []
@@ -113,7 +114,7 @@ def _at_points(losses: Losses, micro_batch: MicroBatch, stacks: _Stacks, points:
     placed = losses.place(micro_batch)
     together = points_together(losses, micro_batch, stacks.perturbation)
     made: list[Tensor] = []
-    with losses.over_one_micro_batch() as restart:
+    with losses.over_one_micro_batch(placed) as restart:
         for start in range(0, len(points), together):
             restart()
             chunk = tuple(points[start : start + together])

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.func import functional_call, vmap
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.shapes import may_have_company
 from peft_dpzero.estimation.shortcuts.filled_rows import FilledLayers
+from peft_dpzero.estimation.shortcuts.kept_trunk import KeptTrunk
 from peft_dpzero.estimation.shortcuts.label_logits import HiddenLogits, Logits, OutputHead
 from peft_dpzero.estimation.shortcuts.merged_lora import MergedLora
 from peft_dpzero.estimation.shortcuts.read_positions import NarrowedLayers
@@ -44,6 +45,7 @@ class Shortcuts:
 
     Attributes:
         trunk: activations that no direction changes are computed once a micro-batch.
+        kept: and at the last place of them once a run for each row.
         label_logits: logits are made at label positions only. For tasks that read nothing else.
         merged_lora: LoRA layers run as one product.
         read_positions: the last layers run at the positions only that losses read.
@@ -55,6 +57,7 @@ class Shortcuts:
     """
 
     trunk: SharedTrunk | None = None
+    kept: KeptTrunk | None = None
     label_logits: OutputHead | None = None
     merged_lora: MergedLora | None = None
     read_positions: NarrowedLayers | None = None
@@ -101,12 +104,30 @@ class Losses:
         """Within the block, in which the parameters stay where they are, passes share what depends on them alone."""
         return self.shortcuts.merged_lora.merged() if self.shortcuts.merged_lora else nullcontext()
 
-    def over_one_micro_batch(self) -> AbstractContextManager[Callable[[], None]]:
-        """Within the block, in which the micro-batch stays the same, passes share what no parameter changes.
+    def without_kept(self) -> Losses:
+        """The same, and nothing is kept from step to step."""
+        return Losses(self.model, self.task, self.place, replace(self.shortcuts, kept=None))
+
+    @torch.no_grad()
+    def prepare(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Computes what is kept of rows for the whole run, and is not yet of those in a step's micro-batches."""
+        if self.shortcuts.kept is not None:
+            passes = [self._inputs(self.place(micro_batch)) for micro_batch in micro_batches]
+            with self._state.kept():
+                self.shortcuts.kept.fill(passes, lambda inputs: self.model(**inputs))
+
+    @contextmanager
+    def over_one_micro_batch(self, batch: MicroBatch) -> Iterator[Callable[[], None]]:
+        """Within the block, in which passes are over this micro-batch, they share what no parameter changes.
 
         Yields: what to call before each pass.
         """
-        return self.shortcuts.trunk.shared() if self.shortcuts.trunk else nullcontext(_nothing)
+        kept, trunk = self.shortcuts.kept, self.shortcuts.trunk
+        with (
+            kept.given(self._inputs(batch)) if kept else nullcontext(),
+            trunk.shared() if trunk else nullcontext(_nothing) as restart,
+        ):
+            yield restart
 
     @torch.no_grad()
     def stacked(self, batch: MicroBatch, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -141,7 +162,7 @@ class Losses:
         return STACKED_ENTRIES_ABOVE_TRUNK // trunk.entries_above(rows, tokens)
 
     def _losses(self, batch: MicroBatch) -> Tensor:
-        inputs = {**self.task.inputs(batch), **self._settings}
+        inputs = self._inputs(batch)
         last, few = self.shortcuts.read_positions, self.shortcuts.filled_rows
         narrowed = last.narrowed(partial(self._positions, batch)) if last else nullcontext()
         with narrowed, few.filled() if few else nullcontext():
@@ -156,6 +177,9 @@ class Losses:
                 "averaged over the batch."
             )
         return losses
+
+    def _inputs(self, batch: MicroBatch) -> dict[str, Any]:
+        return {**self.task.inputs(batch), **self._settings}
 
     def _logits(self, inputs: dict[str, Any], head: OutputHead) -> Logits:
         with head.held_back() as hidden:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import Any
 
@@ -206,11 +207,10 @@ def find_settings(
     rate = sizes.learning_rate
     if sizes.deadline is not None and choice is not None:
         count = max(1, round(expected))
-        once = _seconds_a_step(passes, perturbation, settled, rows, count)
-        if choice.steps >= ENOUGH_STEPS or once > _SURPRISING * choice.seconds:
-            once = min(once, _seconds_a_step(passes, perturbation, settled, rows, count))
+        first, later = _seconds_of_steps(passes, perturbation, settled, rows, count, choice)
         left = (sizes.deadline - time.monotonic()) / _RESERVE
-        steps = steps or max(FEWEST_STEPS, int(left / once))
+        steps = steps or max(FEWEST_STEPS, steps_within(left, first, later, batch / sizes.num_units))
+        once = seconds_of(steps, first, later, batch / sizes.num_units) / steps
         rate = rate or learning_rate(slopes.typical, steps)
     chosen = Settings(
         source,
@@ -223,6 +223,41 @@ def find_settings(
         rate if sizes.learning_rate is None else None,
     )
     return Measured(chosen, passes, slopes, choice, once)
+
+
+def _seconds_of_steps(
+    passes: Passes,
+    perturbation: Perturbation,
+    config: SettledConfig,
+    rows: Sequence[MicroBatch],
+    count: int,
+    choice: Choice,
+) -> tuple[float, float]:
+    """Seconds of a step whose rows are all new, and of one whose rows were all drawn before."""
+    cold = replace(passes, losses=passes.losses.without_kept())
+    first = _seconds_a_step(cold, perturbation, config, rows, count)
+    if choice.steps >= ENOUGH_STEPS or first > _SURPRISING * choice.seconds:
+        first = min(first, _seconds_a_step(cold, perturbation, config, rows, count))
+    if passes.losses.shortcuts.kept is None:
+        return first, first
+    _seconds_a_step(passes, perturbation, config, rows, count)
+    return first, min(first, _seconds_a_step(passes, perturbation, config, rows, count))
+
+
+def seconds_of(steps: int, first: float, later: float, sample_rate: float) -> float:
+    """Seconds of so many steps, if one takes `first` with new rows and `later` with rows that were drawn before.
+
+    After t steps a row was not drawn with probability (1 − q)^t.
+    """
+    new = (1 - (1 - sample_rate) ** steps) / sample_rate
+    return steps * later + new * (first - later)
+
+
+def steps_within(seconds: float, first: float, later: float, sample_rate: float) -> int:
+    """The most steps that take no more than `seconds`."""
+    return bisect.bisect_right(
+        range(1, int(seconds / later) + 1), seconds, key=lambda steps: seconds_of(steps, first, later, sample_rate)
+    )
 
 
 def _seconds_a_step(

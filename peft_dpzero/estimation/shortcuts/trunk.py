@@ -33,7 +33,8 @@ class SharedTrunk:
 
     Attributes:
         modules: those that run once a micro-batch.
-        share: their part of all matrix products' weights.
+        unmoved: all modules whose outputs no perturbed parameter changes.
+        share: the part of `modules` in all matrix products' weights.
         row_width, token_width: of the widest output above them, entries a row (b, width) and a token (b, l, width).
     """
 
@@ -43,7 +44,8 @@ class SharedTrunk:
         self.modules = _outermost(
             model, lambda m: m in one and m in other and _is_untouched(m) and one[m].given == other[m].given
         )
-        self.share = _products(self.modules) / max(_products([model]), 1)
+        self.unmoved = [module for module in one if module in other and one[module].made == other[module].made]
+        self.share = products(self.modules) / max(products([model]), 1)
         self.row_width, self.token_width = _widths(one, other)
 
     def measure(self, here: Callable[[], object], there: Callable[[], object]) -> None:
@@ -195,7 +197,7 @@ def _outermost(model: nn.Module, suits: Callable[[nn.Module], bool]) -> list[nn.
     return found
 
 
-def _products(modules: Iterable[nn.Module]) -> int:
+def products(modules: Iterable[nn.Module]) -> int:
     """Entries of the weight matrices in `modules`, those of embeddings apart."""
     inside = (child for module in modules for child in module.modules() if not isinstance(child, nn.Embedding))
     return sum(p.numel() for child in inside for p in child.parameters(recurse=False) if p.ndim == 2)

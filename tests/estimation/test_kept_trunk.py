@@ -1,0 +1,186 @@
+"""What lies below the adapters is computed once a run for each row, and no loss changes by that, not by a bit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft_dpzero import infer_task
+from peft_dpzero.checks.probe import Probe
+from peft_dpzero.estimation.batching import LogicalBatches
+from peft_dpzero.estimation.differences import estimate_differences, losses_at
+from peft_dpzero.estimation.losses import Losses
+from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
+from peft_dpzero.estimation.shapes import Shapes
+from peft_dpzero.estimation.shortcuts import kept_trunk
+from peft_dpzero.perturbation.perturbation import Perturbation
+from peft_dpzero.training.settling import seconds_of, steps_within
+from torch import Tensor, nn
+from transformers import default_data_collator
+
+from tiny import tiny_lora, token_rows
+
+CPU = torch.device("cpu")
+POINTS = [(0, 0.0), (0, 1e-2), (1, 1e-2), (2, -1e-2)]
+
+
+def upper(kind: str) -> Any:
+    return tiny_lora(kind, layers_to_transform=[1]).eval()
+
+
+def losses_of(model: Any) -> Losses:
+    return Probe(model, CPU, task=infer_task(model)).losses(Perturbation(model), dict)
+
+
+def batch_of(kind: str, ids: list[list[int]], length: int = 12) -> dict[str, Tensor]:
+    padded = torch.tensor([row + [0] * (length - len(row)) for row in ids])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids])
+    labels = torch.arange(len(ids)) % 2 if kind == "classifier" else padded.masked_fill(mask == 0, -100)
+    return {"input_ids": padded, "attention_mask": mask, "labels": labels}
+
+
+def counted(module: nn.Module) -> Counter[str]:
+    """How many rows go through a module from now on."""
+    seen: Counter[str] = Counter()
+    module.register_forward_hook(lambda module, args, output: seen.update(rows=len(output), calls=1))
+    return seen
+
+
+def lower_layer(model: Any) -> nn.Module:
+    base = model.get_base_model()
+    layers = base.bert.encoder.layer if hasattr(base, "bert") else base.model.layers
+    return layers[0].attention.self.key if hasattr(base, "bert") else layers[0].self_attn.k_proj
+
+
+@pytest.mark.parametrize("kind", ["classifier", "causal_lm", "masked_lm"])
+def test_losses_with_what_is_kept_are_the_same_bit_for_bit(kind: str) -> None:
+    model = upper(kind)
+    losses, perturbation = losses_of(model), Perturbation(model)
+    assert losses.shortcuts.kept is not None
+    batches = [batch_of(kind, token_rows(4, 5, seed)) for seed in range(3)]
+    plain = losses_at(losses.without_kept(), batches, perturbation, 0, POINTS)
+    seen = counted(lower_layer(model))
+    losses.prepare(batches)
+    assert seen["rows"] == 12
+    for _ in range(2):
+        made = losses_at(losses, batches, perturbation, 0, POINTS)
+        assert all(map(torch.equal, made, plain))
+        losses.prepare(batches)
+    assert seen["rows"] == 12, "they were computed again"
+
+
+def test_no_row_of_a_step_depends_on_what_was_drawn_before() -> None:
+    model = upper("classifier")
+    perturbation = Perturbation(model)
+    rows = [
+        {"input_ids": ids[: 3 + n % 5], "attention_mask": [1] * len(ids[: 3 + n % 5]), "labels": n % 2}
+        for n, ids in enumerate(token_rows(40, 8))
+    ]
+    shapes = Shapes(20, 20, together=dict.fromkeys(range(4, 16), (1, 4, 8)))
+
+    def differences(losses: Losses, chosen: list[int], step: int) -> Tensor:
+        data: Any = [rows[number] for number in chosen]
+        collate = lambda some: default_data_collator([{k: torch.tensor(v) for k, v in some[0].items()}])  # noqa: E731
+        batches = LogicalBatches(data, PoissonSampler(len(data), 1.0, new_secret()), collate, shapes)
+        settings: Any = {"num_directions": 3, "smoothing_parameter": 1e-2, "difference": "forward"}
+        return estimate_differences(losses, batches.draw(0), perturbation, step=step, **settings)._rows
+
+    fresh, used = losses_of(model), losses_of(model)
+    differences(used, list(range(0, 40, 3)), 0)
+    differences(used, [1, 2, 3, 4, 5, 20], 1)
+    mine = list(range(10, 32))
+    assert torch.equal(differences(used, mine, 2), differences(fresh, mine, 2))
+    assert torch.equal(differences(used, mine, 2), differences(fresh.without_kept(), mine, 2))
+
+
+def test_rows_that_are_new_go_in_passes_of_the_steps_own_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = upper("classifier")
+    losses = losses_of(model)
+    first, second = (batch_of("classifier", token_rows(4, 5, seed)) for seed in (1, 2))
+    losses.prepare([first])
+    mixed = {key: torch.cat([first[key][:3], second[key][:1]]) for key in first}
+    full = batch_of("classifier", token_rows(1, 12, 3))
+    seen: list[int] = []
+    lower_layer(model).register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    losses.prepare([mixed, full])
+    assert sorted(seen) == [1, 4]
+
+
+def test_what_is_needed_above_is_not_left_out() -> None:
+    class Skipping(nn.Module):
+        """Adds what came out of the lowest layer to what comes out of the highest."""
+
+        def __init__(self, lower: nn.Module, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+            lower.register_forward_hook(lambda module, args, output: setattr(self, "below", output))
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.layer(*args, **kwargs) + 1000 * self.below
+
+    model = upper("classifier")
+    layers = model.base_model.model.bert.encoder.layer
+    layers[1] = Skipping(layers[0].attention.output.dense, layers[1])
+    assert losses_of(model).shortcuts.kept is None
+
+
+def test_without_room_losses_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = upper("classifier")
+    plain = losses_of(model).without_kept()
+    monkeypatch.setattr(kept_trunk, "MOST_BYTES", 1)
+    losses, perturbation = losses_of(model), Perturbation(model)
+    kept = losses.shortcuts.kept
+    assert kept is not None
+    batches = [batch_of("classifier", token_rows(4, 5, seed)) for seed in range(3)]
+    losses.prepare(batches)
+    seen = counted(lower_layer(model))
+    made = losses_at(losses, batches, perturbation, 0, POINTS)
+    assert seen["calls"] == 2, "one of three micro-batches found room"
+    assert all(map(torch.equal, made, losses_at(plain, batches, perturbation, 0, POINTS)))
+
+
+def test_a_disk_that_is_full_stops_nothing() -> None:
+    script = """
+import resource, signal
+import torch
+from peft_dpzero.estimation.shortcuts.kept_trunk import _RowFile
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+file = _RowFile()
+for number in range(4):
+    file.put(bytes([number]), torch.full((1000,), float(number)))
+print([None if (row := file.get(bytes([n]))) is None else float(row.mean()) for n in range(4)], file.full)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "[0.0, None, None, None] True", done.stderr
+
+
+def test_the_file_has_no_name_and_no_other_user_may_open_it(tmp_path: Path) -> None:
+    script = """
+import os, sys, tempfile
+from peft_dpzero.estimation.shortcuts.kept_trunk import _RowFile
+import torch
+file = _RowFile()
+file.put(b"row", torch.full((1000,), 0.5))
+info = os.fstat(file._file.fileno())
+print(oct(info.st_mode & 0o777), info.st_nlink, os.listdir(tempfile.gettempdir()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "0o600 0 []", done.stderr
+
+
+@pytest.mark.parametrize(("first", "later"), [(3.0, 1.0), (2.0, 2.0)])
+def test_as_many_steps_are_planned_as_the_time_allows(first: float, later: float) -> None:
+    steps = steps_within(100.0, first, later, 0.05)
+    assert seconds_of(steps, first, later, 0.05) <= 100.0 < seconds_of(steps + 1, first, later, 0.05)
+    # A row is new with probability (1 − q)^t.
+    expected = sum(later + (first - later) * 0.95**step for step in range(steps))
+    assert seconds_of(steps, first, later, 0.05) == pytest.approx(expected)
