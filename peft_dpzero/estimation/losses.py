@@ -113,8 +113,7 @@ class Losses:
         """Computes what is kept of rows for the whole run, and is not yet of those in a step's micro-batches."""
         if self.shortcuts.kept is not None:
             passes = [self._inputs(self.place(micro_batch)) for micro_batch in micro_batches]
-            with self._state.kept():
-                self.shortcuts.kept.fill(passes, lambda inputs: self.model(**inputs))
+            self.shortcuts.kept.fill(passes, self._run)
 
     @contextmanager
     def over_one_micro_batch(self, batch: MicroBatch) -> Iterator[Callable[[], None]]:
@@ -177,6 +176,10 @@ class Losses:
                 "averaged over the batch."
             )
         return losses
+
+    def _run(self, inputs: Mapping[str, Any]) -> None:
+        with self._state.kept():
+            self.model(**inputs)
 
     def _inputs(self, batch: MicroBatch) -> dict[str, Any]:
         return {**self.task.inputs(batch), **self._settings}

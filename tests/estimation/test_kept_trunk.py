@@ -130,6 +130,30 @@ def test_what_is_needed_above_is_not_left_out() -> None:
     assert losses_of(model).shortcuts.kept is None
 
 
+def test_a_pass_over_new_rows_leaves_nothing_to_the_next() -> None:
+    class Counting(nn.Module):
+        """Adds how many tokens it has seen, as frequencies that follow the longest row do."""
+
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+            self.seen = 0
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            self.seen += args[0].shape[1]
+            return self.layer(*args, **kwargs) + self.seen
+
+    model = upper("classifier")
+    layers = model.base_model.model.bert.encoder.layer
+    layers[0] = Counting(layers[0])
+    losses, perturbation = losses_of(model), Perturbation(model)
+    assert losses.shortcuts.kept is not None
+    batches = [batch_of("classifier", token_rows(1, 5, length), length) for length in (30, 6, 18)]
+    losses.prepare(batches)
+    made = losses_at(losses, batches, perturbation, 0, POINTS)
+    assert all(map(torch.equal, made, losses_at(losses.without_kept(), batches, perturbation, 0, POINTS)))
+
+
 def test_without_room_losses_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = upper("classifier")
     plain = losses_of(model).without_kept()
