@@ -131,21 +131,21 @@ def test_what_is_needed_above_is_not_left_out() -> None:
 
 
 def test_a_pass_over_new_rows_leaves_nothing_to_the_next() -> None:
-    class Counting(nn.Module):
-        """Adds how many tokens it has seen, as frequencies that follow the longest row do."""
+    class Following(nn.Module):
+        """Adds the length of the longest row that it has seen, as some frequencies follow that."""
 
         def __init__(self, layer: nn.Module) -> None:
             super().__init__()
             self.layer = layer
-            self.seen = 0
+            self.longest = 0
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            self.seen += args[0].shape[1]
-            return self.layer(*args, **kwargs) + self.seen
+            self.longest = max(self.longest, args[0].shape[1])
+            return self.layer(*args, **kwargs) + torch.linspace(0, self.longest, args[0].shape[2])
 
     model = upper("classifier")
     layers = model.base_model.model.bert.encoder.layer
-    layers[0] = Counting(layers[0])
+    layers[0] = Following(layers[0])
     losses, perturbation = losses_of(model), Perturbation(model)
     assert losses.shortcuts.kept is not None
     batches = [batch_of("classifier", token_rows(1, 5, length), length) for length in (30, 6, 18)]
