@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from peft_dpzero import infer_task
+from peft_dpzero.estimation.shortcuts.kept_trunk import KeptTrunk
 
 from zoo import neighbors
 from zoo.architectures import ARCHITECTURES, BY_NAME, attentions, build
@@ -26,6 +29,7 @@ FAST = (
     "T5",
     "Mamba",
 )
+ABOVE_A_TRUNK = ("BERT", "Llama, dynamic RoPE", "Phi-3, longrope", "Gemma 3")
 
 
 def examined(
@@ -44,6 +48,29 @@ def examined(
 def test_rows_are_strangers(name: str, dtype: torch.dtype, shortcuts: str) -> None:
     found = examined(name, dtype, None, shortcuts, FEW)
     assert found.independent, str(found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("name", ABOVE_A_TRUNK)
+def test_rows_are_strangers_above_a_trunk_that_is_kept(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled: list[int] = []
+    fill = KeptTrunk.fill
+
+    def noting(self: KeptTrunk, passes: Any, run: Any) -> None:
+        filled.append(len(passes))
+        fill(self, passes, run)
+
+    monkeypatch.setattr(KeptTrunk, "fill", noting)
+    architecture = BY_NAME[name]
+    model = build(architecture, dtype)
+    layers = {key: int(found[1]) for key, _ in model.named_parameters() if (found := re.search(r"\.(\d+)\.", key))}
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and layers.get(key) == max(layers.values()))
+    found = differences(model, infer_task(model), rows_of(architecture.kind), neighbors=FEW, poisons=True)
+    assert found.independent, str(found)
+    assert len(filled) > len(FEW), "the trunk was not kept"
 
 
 @pytest.mark.zoo

@@ -173,9 +173,9 @@ def find_kept(
     while ended:
         last = ended.pop()
         below = outermost([module for module in ended if shapes[module] == shapes[last]], besides=last)
-        if products([last, *below]) < WORTHWHILE * products(trunk.modules):
-            return None
-        if all(keeps_losses(KeptTrunk(last, below, loud=loud)) for loud in (False, True)):
+        # Those of another shape, as keys with fewer heads, leave most of the trunk to run.
+        worthwhile = products([last, *below]) >= WORTHWHILE * products(trunk.modules)
+        if worthwhile and all(keeps_losses(KeptTrunk(last, below, loud=loud)) for loud in (False, True)):
             return KeptTrunk(last, below)
     return None
 
