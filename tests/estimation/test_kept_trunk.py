@@ -99,7 +99,7 @@ def test_no_row_of_a_step_depends_on_what_was_drawn_before() -> None:
     assert torch.equal(differences(used, mine, 2), differences(fresh.without_kept(), mine, 2))
 
 
-def test_rows_that_are_new_go_in_passes_of_the_steps_own_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_are_new_go_in_passes_of_the_steps_own_sizes() -> None:
     model = upper("classifier")
     losses = losses_of(model)
     first, second = (batch_of("classifier", token_rows(4, 5, seed)) for seed in (1, 2))

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_dpzero.estimation.shapes import may_have_company
-from peft_dpzero.estimation.shortcuts.trunk import SharedTrunk, products
+from peft_dpzero.estimation.shapes import may_have_company, stacked_rows
+from peft_dpzero.estimation.shortcuts.trunk import SharedTrunk, outermost, products
 from peft_dpzero.modules import Forward, hooked, replaced_forwards
 
 # Bytes that are kept at most, and the share of the free space that they may take.
@@ -57,7 +57,7 @@ class KeptTrunk:
 
         Of rows without `input_ids`, which may take another way through the model than those of the trial, nothing is.
         """
-        found = [self._rows.get(key) for key in _keys(inputs)]
+        found = [self._rows.get(key) for key in map(_digest, _rows(inputs))]
         kept = [row for row in found if row is not None]
         if not kept or len(kept) < len(found):
             yield
@@ -82,14 +82,14 @@ class KeptTrunk:
             rows = _rows(inputs)
             shape = _shape(rows[0])
             sizes.setdefault(shape, set()).add(len(rows))
-            new = {key: row for key, row in zip(_keys(inputs), rows, strict=True) if not self._rows.has(key)}
+            new = {key: row for row in rows if not self._rows.has(key := _digest(row))}
             missing.setdefault(shape, {}).update(new)
         for shape, new in missing.items():
             left = list(new.items())
             while left and not self._rows.full:
                 size = min((size for size in sizes[shape] if size >= len(left)), default=max(sizes[shape]))
                 some, left = left[:size], left[size:]
-                joined = _joined([row for _, row in some] + [some[0][1]] * (size - len(some)))
+                joined = stacked_rows([row for _, row in some] + [some[0][1]] * (size - len(some)))
                 for (key, _), made in zip(some, self._computed(joined, run), strict=False):
                     self._rows.put(key, made)
 
@@ -172,18 +172,13 @@ def find_kept(
     ended = [module for module, shape in shapes.items() if shape is not None]
     while ended:
         last = ended.pop()
-        below = outermost([module for module in ended if shapes[module] == shapes[last]], besides=last)
+        alike = {module for module in ended if shapes[module] == shapes[last]}.difference(last.modules())
+        below = outermost(trunk.model, alike.__contains__)
         # Those of another shape, as keys with fewer heads, leave most of the trunk to run.
         worthwhile = products([last, *below]) >= WORTHWHILE * products(trunk.modules)
         if worthwhile and all(keeps_losses(KeptTrunk(last, below, loud=loud)) for loud in (False, True)):
             return KeptTrunk(last, below)
     return None
-
-
-def outermost(modules: Sequence[nn.Module], besides: nn.Module) -> list[nn.Module]:
-    """Those of `modules` that are neither in another of them nor in `besides`."""
-    inside = {child for module in modules for child in module.modules() if child is not module}
-    return [module for module in modules if module not in inside | set(besides.modules())]
 
 
 def _constant(output: Tensor) -> Forward:
@@ -205,26 +200,14 @@ def _rows(inputs: Inputs) -> list[dict[str, Any]]:
     return [{key: part(value, row) for key, value in inputs.items()} for row in range(count)]
 
 
-def _joined(rows: Sequence[Inputs]) -> Inputs:
-    first = rows[0]
-    return {
-        key: torch.cat([row[key] for row in rows]) if isinstance(value, Tensor) and value.ndim else value
-        for key, value in first.items()
-    }
-
-
 def _shape(row: Inputs) -> Hashable:
     """What rows share that may go in one pass."""
     forms = ((value.shape, value.dtype) if isinstance(value, Tensor) else repr(value) for value in row.values())
     return may_have_company(row), tuple(row), tuple(forms)
 
 
-def _keys(inputs: Inputs) -> list[bytes]:
-    """A digest of each row's inputs: equal for equal rows only."""
-    return [_digest(row) for row in _rows(inputs)]
-
-
 def _digest(row: Inputs) -> bytes:
+    """Equal for equal rows only."""
     made = hashlib.sha256(repr(_shape(row)).encode())
     for value in row.values():
         if isinstance(value, Tensor):

@@ -31,11 +31,10 @@ class Places:
             model passes it on.
     """
 
-    handed_over: Tensor | None = None
-
     def __init__(self, positions: Positions, loud: bool = False) -> None:
         self._positions = positions
         self._loud = loud
+        self.handed_over: Tensor | None = None
         self._read: dict[tuple[int, int], Read | None] = {}
 
     def of(self, rows: int, length: int) -> Read | None:

@@ -41,7 +41,7 @@ class SharedTrunk:
     def __init__(self, model: nn.Module, here: Callable[[], object], there: Callable[[], object]) -> None:
         self.model = model
         one, other = _watched(model, here), _watched(model, there)
-        self.modules = _outermost(
+        self.modules = outermost(
             model, lambda m: m in one and m in other and _is_untouched(m) and one[m].given == other[m].given
         )
         self.unmoved = [module for module in one if module in other and one[module].made == other[module].made]
@@ -183,7 +183,8 @@ def _is_untouched(module: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _outermost(model: nn.Module, suits: Callable[[nn.Module], bool]) -> list[nn.Module]:
+def outermost(model: nn.Module, suits: Callable[[nn.Module], bool]) -> list[nn.Module]:
+    """The modules that suit and are not in another that does."""
     found: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:
