@@ -20,7 +20,7 @@ from peft_dpzero.mechanism.private_sum import Released
 from peft_dpzero.perturbation import directions
 from peft_dpzero.perturbation.basis import Basis
 from peft_dpzero.perturbation.directions import Directions, gpu_kernel
-from peft_dpzero.perturbation.perturbation import Perturbation
+from peft_dpzero.perturbation.perturbation import KEPT_ENTRIES, Perturbation
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -118,18 +118,18 @@ def plant_quantile(device: torch.device, entries: int = 1 << 20) -> Counts:
 # ---- Points and updates ----
 
 
-def check_updates(device: torch.device, width: int = 2500) -> dict[str, Counts]:
+def check_updates(device: torch.device, widths: tuple[int, ...] = (2500, 6000)) -> dict[str, Counts]:
     """Points θ + λz_k, and weights and optimizer state after three steps, against the CPU's, by dtype, rule and size.
 
     Args:
-        width: of the larger of two layers, whose directions are made anew piece by piece.
+        widths: of layers whose directions a CPU makes anew piece by piece, and a GPU those of the last.
     """
     rules: dict[str, Callable[[Any], Any]] = {
         "sgd": lambda p: DPZeroSGD(p, lr=1e-2, momentum=0.9, weight_decay=1e-2),
         "adamw": lambda p: DPZeroAdamW(p, lr=1e-2, weight_decay=1e-2),
     }
     found: dict[str, Counts] = {}
-    for size, basis in ((120, False), (120, True), (width, False)):
+    for size, basis in ((120, False), (120, True), *((width, False) for width in widths)):
         for dtype in DTYPES:
             for rule, make in rules.items():
                 if basis and rule == "sgd":  # Weight decay has no place in a basis.
@@ -174,7 +174,7 @@ def moved(
     for step in range(3):
         with perturbation.at(step, 1, 1e-3):
             seen += [parameter.detach().clone() for parameter in model.parameters()]
-        if perturbation.most_stacked > 1:
+        if 2 * entries <= KEPT_ENTRIES:  # A GPU would stack more than the CPU that it is compared with.
             seen += perturbation.stacked(step, [(0, 1e-3), (2, -1e-3)]).values()
         optimizer.step(Estimate(Released(step, (), coefficients, 1.0), perturbation))
     state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]

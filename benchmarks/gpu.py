@@ -49,7 +49,7 @@ SHAPES = {
     "13b": (5120, 40, 40),
 }
 # What is measured of each shape: LoRA's K, full-parameter's K.
-DIRECTIONS = {"1.3b": ((1, 16, 64), (1,)), "6.7b": ((1, 16), (1,)), "13b": ((1,), (1,)), "tiny": ((1, 4), (1,))}
+DIRECTIONS = {"1.3b": ((1, 16, 64), (1,)), "6.7b": ((1, 16), (1,)), "13b": ((1, 16), (1,)), "tiny": ((1, 4), (1,))}
 FLOORS = ("equal", "sorted", "packed 512")
 CHECKS = {
     "bits": device_checks.bits,

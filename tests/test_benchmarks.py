@@ -119,7 +119,7 @@ def test_device_checks_see_planted_faults() -> None:
     cpu, name = torch.device("cpu"), "Llama"
     small = zoo_architectures.BY_NAME[name]
     assert device_checks.check_directions(cpu, large=1000)["sphere"]["differ"] == 0
-    assert all(found["differ"] == 0 for found in device_checks.check_updates(cpu, width=50).values())
+    assert all(found["differ"] == 0 for found in device_checks.check_updates(cpu, widths=(50,)).values())
     assert device_checks.plant_quantile(cpu, entries=1 << 18)["differ"] > 0
     assert device_checks.plant_ulp(cpu)["differ"] > 0
     model = zoo_architectures.build(small)

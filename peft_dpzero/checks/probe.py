@@ -302,9 +302,8 @@ def _bits(
     points: Sequence[Point],
 ) -> Iterator[RowBits]:
     """What a row gives in each batch."""
-    together = points_together(losses, batches[0], perturbation)
-    # A whole stack of points, and what is left over after as many as there are.
-    tried = points[: max(2, together) + len(points) % max(2, together)]
+    together = points_together(losses, batches[0], perturbation, len(points))
+    tried = points[: max(2, together)]
     for batch, where in zip(batches, places, strict=True):
         rows, count = list(where), len(batch["input_ids"])
         with losses.over_one_micro_batch(batch) as restart:

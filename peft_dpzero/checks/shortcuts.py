@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peft_dpzero.checks.architectures import positions_of, reason_to_separate
 from peft_dpzero.estimation.differences import losses_at
 from peft_dpzero.estimation.losses import PLAIN, Losses, MicroBatch, Shortcuts
+from peft_dpzero.estimation.shapes import stacked_rows
 from peft_dpzero.estimation.shortcuts.filled_rows import FilledLayers, layers_of_rows
 from peft_dpzero.estimation.shortcuts.kept_trunk import KeptTrunk, find_kept
 from peft_dpzero.estimation.shortcuts.label_logits import OutputHead
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 SCALE = 0.1
 # A smaller share of the model than this is not worth keeping.
 _WORTHWHILE_TRUNK = 0.1
+# How far a shortcut may change a loss, in what a pass of another shape does, and at most in tolerances.
+_ROUNDING, _MOST_ROUNDING = 4, 30
 _POINTS: list[Point] = [(0, SCALE), (1, -SCALE)]
 
 
@@ -44,7 +47,7 @@ class Trials:
         batch: without labels nothing can be told, and all trials fail.
         lone: a row by itself, without padding.
         perturbation: makes the points.
-        tolerance: absolute, of losses.
+        tolerance: absolute, of losses; more is granted as far as a pass over all rows twice rounds otherwise.
     """
 
     def __init__(
@@ -61,11 +64,15 @@ class Trials:
         self.perturbation = perturbation
         self._batch = batch
         self._lone = lone
-        self._tolerance = tolerance
         self._plain, self._plain_alone = self.losses(PLAIN), self.losses(PLAIN, batch=lone)
+        self._tolerance = min(max(tolerance, _ROUNDING * self._rounding()), _MOST_ROUNDING * tolerance)
         # What labels decide is read of rows only that always go alone.
         alone = isinstance(task, TokenTask)
         self._narrowable, self._plain_narrowable = (lone, self._plain_alone) if alone else (batch, self._plain)
+
+    def losses_with(self, shortcuts: Shortcuts) -> Losses:
+        """Passes over made-up rows, which lie where the model does."""
+        return Losses(self.model, self.task, dict, shortcuts)
 
     def losses(
         self, shortcuts: Shortcuts, points: Sequence[Point] = _POINTS, batch: MicroBatch | None = None
@@ -74,7 +81,7 @@ class Trials:
         batch = batch or self._batch
         if "labels" not in batch:
             return None
-        losses = Losses(self.model, self.task, dict, shortcuts)
+        losses = self.losses_with(shortcuts)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -88,9 +95,11 @@ class Trials:
         """Whether the losses are the plain pass's."""
         return self._near(self.losses(shortcuts), self._plain)
 
-    def agree_alone(self, shortcuts: Shortcuts) -> bool:
-        """Whether the losses of a row by itself are the plain pass's."""
-        return self._near(self.losses(shortcuts, batch=self._lone), self._plain_alone)
+    def agree_stacked(self, shortcuts: Shortcuts) -> bool:
+        """Whether the losses are the plain pass's, of rows together and of one by itself, at points enough to stack."""
+        points = [(k, SCALE) for k in range(self.losses_with(shortcuts).fewest_stacked)]
+        pairs = ((self.losses(one, points, batch) for one in (shortcuts, PLAIN)) for batch in (self._batch, self._lone))
+        return all(self._near(found, plain) for found, plain in pairs)
 
     def agree_narrowed(
         self, shortcuts: Shortcuts, modules: Sequence[nn.Module], attention: LastAttention | None = None
@@ -120,6 +129,12 @@ class Trials:
         found = self.losses(keeping)
         return found is not None and torch.equal(plain, found)
 
+    def _rounding(self) -> float:
+        """How far losses are apart from those in a pass of another shape, over all rows twice."""
+        rows = len(self._batch["input_ids"])
+        twice = self.losses(PLAIN, batch=stacked_rows([dict(self._batch)] * 2)) if rows > 1 else None
+        return 0.0 if self._plain is None or twice is None else float((twice[:, :rows] - self._plain).abs().max())
+
     def _near(self, losses: Tensor | None, plain: Tensor | None) -> bool:
         if losses is None or plain is None:
             return False
@@ -148,7 +163,8 @@ def find_shortcuts(trials: Trials, trunk: SharedTrunk | None, run: Callable[[], 
         found = replace(found, read_positions=_narrowed(trials, found, run))
         if layers := layers_of_rows(model, run):
             found = _with(trials, found, filled_rows=FilledLayers(layers))
-    if trials.perturbation.most_stacked > 1 and trials.agree_alone(stacked := replace(found, stacked=True)):
+    stacked = replace(found, stacked=True)
+    if trials.perturbation.most_stacked > 1 and trials.agree_stacked(stacked):
         found = stacked
     if trunk is None:
         return found

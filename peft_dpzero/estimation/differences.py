@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -68,7 +69,7 @@ def losses_at(
     points: Sequence[Point],
 ) -> list[Tensor]:
     """Losses of each micro-batch's rows at all points: (points, b) float64 each, on the CPU."""
-    alone = [i for i, one in enumerate(micro_batches) if points_together(losses, one, perturbation) < 2]
+    alone = [i for i, one in enumerate(micro_batches) if points_together(losses, one, perturbation, len(points)) < 2]
     if losses.shortcuts.trunk is not None:
         alone = []
     # A point meets all of these, so that parameters are perturbed least often.
@@ -80,9 +81,11 @@ def losses_at(
     return [found[i] if i in found else _at_points(losses, one, stacks, points) for i, one in enumerate(micro_batches)]
 
 
-def points_together(losses: Losses, micro_batch: MicroBatch, perturbation: Perturbation) -> int:
-    """How many points go over a micro-batch in one pass."""
-    return max(1, min(losses.points_at_once(micro_batch), perturbation.most_stacked))
+def points_together(losses: Losses, micro_batch: MicroBatch, perturbation: Perturbation, number: int) -> int:
+    """How many of `number` points go over a micro-batch in one pass: as many in each, since a pass of another shape
+    rounds otherwise."""
+    most = min(losses.points_at_once(micro_batch), perturbation.most_stacked, number)
+    return math.ceil(number / math.ceil(number / most)) if most >= losses.fewest_stacked else 1
 
 
 def _at_point(
@@ -112,16 +115,18 @@ class _Stacks:
 
 def _at_points(losses: Losses, micro_batch: MicroBatch, stacks: _Stacks, points: Sequence[Point]) -> Tensor:
     placed = losses.place(micro_batch)
-    together = points_together(losses, micro_batch, stacks.perturbation)
+    together = points_together(losses, micro_batch, stacks.perturbation, len(points))
     made: list[Tensor] = []
     with losses.over_one_micro_batch(placed) as restart:
-        for start in range(0, len(points), together):
+        while len(made) < len(points):
             restart()
+            # The last ones overlap with those before, rather than be fewer.
+            start = min(len(made), len(points) - together)
             chunk = tuple(points[start : start + together])
             if together < 2:
-                made += _at_point(losses, [placed], stacks.perturbation, stacks.step, chunk[0])
+                made[start:] = _at_point(losses, [placed], stacks.perturbation, stacks.step, chunk[0])
             else:
-                made += losses.stacked(placed, stacks.at(chunk))
+                made[start:] = losses.stacked(placed, stacks.at(chunk))
     return torch.stack(made)
 
 

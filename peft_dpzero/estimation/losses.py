@@ -25,6 +25,7 @@ from peft_dpzero.estimation.shortcuts.kept_trunk import KeptTrunk
 from peft_dpzero.estimation.shortcuts.label_logits import HiddenLogits, Logits, OutputHead
 from peft_dpzero.estimation.shortcuts.merged_lora import MergedLora
 from peft_dpzero.estimation.shortcuts.read_positions import NarrowedLayers
+from peft_dpzero.estimation.shortcuts.stacked_attention import FoldedAttention
 from peft_dpzero.estimation.shortcuts.trunk import SharedTrunk
 from peft_dpzero.estimation.state import KeptState
 from peft_dpzero.estimation.tasks import LabelPositionTask, Task, TokenTask, labels_of
@@ -33,10 +34,15 @@ MicroBatch = Mapping[str, Any]
 
 # Points are stacked over a shared trunk while the widest output above it stays within this many entries, which is what
 # a core's share of the cache holds (`benchmarks/stacking.py`). Elsewhere they are over a row that goes by itself
-# while so many tokens make a pass cheaper than several, or while weights take longer to fetch than to use.
+# while so many tokens make a pass cheaper than several, or while weights take longer to fetch than to use. On a GPU a
+# pass of few tokens takes as long as one of many, but one over a stack takes twice as long to launch as one over a
+# point.
 STACKED_ENTRIES_ABOVE_TRUNK = 1 << 22
 STACKED_TOKENS = 1024
 STACKED_TOKENS_OFFLOADED = 1 << 13
+STACKED_ENTRIES_ABOVE_TRUNK_ON_GPU = 1 << 26
+STACKED_TOKENS_ON_GPU = 1 << 13
+FEWEST_STACKED_ON_GPU = 4
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,7 @@ class Losses:
         self.place = place
         self.shortcuts = shortcuts
         self._offloaded = any(parameter.is_meta for parameter in model.parameters())
+        self._on_gpu = any(parameter.device.type not in ("cpu", "meta") for parameter in model.parameters())
         self._settings = {"use_cache": False} if _takes_use_cache(model) else {}
         self._state = KeptState(model)
 
@@ -140,13 +147,19 @@ class Losses:
         """
         whole = _Pass(self.model, self._losses)
         values = {f"model.{name}": value for name, value in parameters.items()}
-        with self._state.kept(), warnings.catch_warnings():
+        folded = FoldedAttention() if self._on_gpu else nullcontext()
+        with self._state.kept(), folded, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*batching rule.*")
             losses = vmap(lambda point: functional_call(whole, point, (batch,)))(values)
         return torch.as_tensor(losses).to("cpu", torch.float64)
 
+    @property
+    def fewest_stacked(self) -> int:
+        """Fewer points than these go through the model one after the other."""
+        return FEWEST_STACKED_ON_GPU if self._on_gpu else 2
+
     def points_at_once(self, batch: MicroBatch) -> int:
-        """How many points to stack over one micro-batch; 1 stacks none."""
+        """How many points to stack over one micro-batch at most; 1 stacks none."""
         if not self.shortcuts.stacked:
             return 1
         ids, trunk = batch.get("input_ids"), self.shortcuts.trunk
@@ -156,9 +169,12 @@ class Losses:
             return 1
         if self._offloaded:
             return STACKED_TOKENS_OFFLOADED // max(tokens, 1)
-        if trunk is None:
-            return STACKED_TOKENS // max(tokens, 1) if rows == 1 and not may_have_company(batch) else 1
-        return STACKED_ENTRIES_ABOVE_TRUNK // trunk.entries_above(rows, tokens)
+        if trunk is not None:
+            entries = STACKED_ENTRIES_ABOVE_TRUNK_ON_GPU if self._on_gpu else STACKED_ENTRIES_ABOVE_TRUNK
+            return entries // trunk.entries_above(rows, tokens)
+        if self._on_gpu:
+            return STACKED_TOKENS_ON_GPU // max(tokens, 1)
+        return STACKED_TOKENS // max(tokens, 1) if rows == 1 and not may_have_company(batch) else 1
 
     def _losses(self, batch: MicroBatch) -> Tensor:
         inputs = self._inputs(batch)

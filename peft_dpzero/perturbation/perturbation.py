@@ -22,6 +22,8 @@ from peft_dpzero.perturbation.streaming import streamed
 # which take longer to make, below this many (64 MiB).
 KEPT_ENTRIES = 1 << 22
 KEPT_ENTRIES_IN_BASIS = 1 << 24
+# On a GPU, where memory is dearer in passes than in bytes: 128 MiB.
+KEPT_ENTRIES_ON_GPU = 1 << 25
 # Below this many entries (256 MiB of float32) a copy of θ costs little: it serves all micro-batches of a pass, and its
 # memory is used again by the next, since the system takes as long to hand out pages as threads take to fill them.
 STREAMED_ENTRIES = 1 << 26
@@ -156,8 +158,8 @@ class Perturbation:
 
     @property
     def most_stacked(self) -> int:
-        """How many points `stacked` may be asked for: their parameters together take `KEPT_ENTRIES` entries at most."""
-        return KEPT_ENTRIES // int(self.directions.num_entries)
+        """How many points `stacked` may be asked for: as many as together have so many entries as are kept."""
+        return self._most_kept // int(self.directions.num_entries)
 
     @torch.no_grad()
     def stacked(self, step: int, points: Sequence[Point]) -> dict[str, Tensor]:
@@ -212,8 +214,13 @@ class Perturbation:
                 action(name, part, self._sum(coefficients, pieces))
 
     @property
+    def _most_kept(self) -> int:
+        first = next(iter(self.parameters.values()))
+        return KEPT_ENTRIES if first.device.type == "cpu" else KEPT_ENTRIES_ON_GPU
+
+    @property
     def _keeps(self) -> bool:
-        return self.basis is not None or self.directions.num_entries <= KEPT_ENTRIES
+        return self.basis is not None or self.directions.num_entries <= self._most_kept
 
     def _vector(self, step: int, direction: int, device: torch.device) -> Tensor:
         if step != self._kept_step:
@@ -222,7 +229,7 @@ class Perturbation:
         key = (direction, device)
         if key not in self._kept:
             vector = self.directions.vector(step, direction, device)
-            most = KEPT_ENTRIES if self.basis is None else KEPT_ENTRIES_IN_BASIS
+            most = self._most_kept if self.basis is None else max(self._most_kept, KEPT_ENTRIES_IN_BASIS)
             if self._kept and (len(self._kept) + 1) * vector.numel() > most:
                 # The newest makes room, so that the first ones last and both sides of a direction share one.
                 self._kept.popitem()

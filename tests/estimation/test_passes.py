@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,14 +13,14 @@ from peft_dpzero.checks.probe import Probe
 from peft_dpzero.estimation.differences import losses_at
 from peft_dpzero.estimation.losses import Losses, Shortcuts
 from peft_dpzero.estimation.shortcuts.label_logits import OutputHead
-from peft_dpzero.perturbation.perturbation import Perturbation
+from peft_dpzero.perturbation.perturbation import Perturbation, Point
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tiny import VOCABULARY, tiny_lora, tiny_model
 
 CPU = torch.device("cpu")
-POINTS = [(0, 1e-2), (0, -1e-2), (1, 1e-2), (2, 0.0)]
+POINTS: list[Point] = [(0, 1e-2), (0, -1e-2), (1, 1e-2), (2, 0.0)]
 
 
 class Words:
@@ -78,8 +78,8 @@ def lone(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value[1:2] for key, value in batch.items()}
 
 
-def at_all(losses: Losses, one: dict[str, Tensor], model: Any) -> Tensor:
-    return losses_at(losses, [one], Perturbation(model), 0, POINTS)[0]
+def at_all(losses: Losses, one: dict[str, Tensor], model: Any, points: Sequence[Point] = POINTS) -> Tensor:
+    return losses_at(losses, [one], Perturbation(model), 0, points)[0]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -95,6 +95,32 @@ def test_the_probes_choice_gives_the_plain_losses(name: str) -> None:
     assert (chosen.points_at_once(one) > 1) == chosen.shortcuts.stacked
     assert chosen.shortcuts.stacked or name in ("prefix", "prompt")
     assert (chosen.shortcuts.label_logits is not None) == (kind != "classifier")
+
+
+@pytest.mark.parametrize("kind", ["classifier", "causal_lm", "masked_lm"])
+def test_as_many_points_are_stacked_in_each_pass_as_on_a_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_lora(kind).eval()
+    perturbation = Perturbation(model)
+    losses = Losses(model, infer_task(model), dict, Shortcuts(stacked=True))
+    monkeypatch.setattr(losses, "_on_gpu", True)
+    one, points = batch(kind), [(k, 1e-2) for k in range(9)]
+    monkeypatch.setattr("peft_dpzero.estimation.losses.STACKED_TOKENS_ON_GPU", 6 * one["input_ids"].numel())
+    passes: list[int] = []
+    stacked = Losses.stacked
+
+    def counted(self: Losses, one: dict[str, Tensor], parameters: dict[str, Tensor]) -> Tensor:
+        passes.append(len(next(iter(parameters.values()))))
+        return stacked(self, one, parameters)
+
+    monkeypatch.setattr(Losses, "stacked", counted)
+    found = losses_at(losses, [one], perturbation, 0, points)[0]
+    assert passes == [5, 5]
+    torch.testing.assert_close(
+        found, at_all(Losses(model, losses.task, dict), one, model, points), rtol=1e-5, atol=1e-6
+    )
+    # Too few to be worth a pass over a stack.
+    losses_at(losses, [one], perturbation, 0, points[:3])
+    assert passes == [5, 5]
 
 
 @pytest.mark.parametrize("words", [["a", "b"], ["ab", "cde", "f"]])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -18,9 +19,11 @@ from peft_dpzero.estimation.shortcuts.last_attention import LastAttention, last_
 from peft_dpzero.estimation.shortcuts.merged_lora import MergedLora
 from peft_dpzero.estimation.shortcuts.places import Places
 from peft_dpzero.estimation.shortcuts.read_positions import NarrowedLayers
+from peft_dpzero.estimation.shortcuts.stacked_attention import FoldedAttention
 from peft_dpzero.estimation.shortcuts.stacked_products import product
 from peft_dpzero.perturbation.perturbation import Perturbation
 from torch import Tensor, nn
+from torch.func import vmap
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -267,6 +270,27 @@ def test_points_that_are_stacked_over_a_narrowed_attention_give_each_points_own_
     losses = Losses(model, task, dict, shortcuts)
     stacked = losses.stacked(one, perturbation.stacked(0, POINTS))
     torch.testing.assert_close(stacked, at_points(model, task, one), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mask", [None, (3, 1, 5, 5), (1, 1, 5, 5), (3, 2, 5, 5), (5, 5), (4, 3, 1, 5, 5)])
+@pytest.mark.parametrize("keys", [0, None])
+def test_attention_over_stacked_points_is_each_points_own(mask: tuple[int, ...] | None, keys: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(4, 3, 2, 5, 8, generator=generator) for _ in range(3))
+    allowed = None if mask is None else torch.rand(mask, generator=generator) < 0.8
+    if keys is None:
+        key, value = key[0], value[0]
+    dims = 0, keys, keys, 0 if mask is not None and len(mask) == 5 else None
+
+    def attend(*args: Any) -> Tensor:
+        query, key, value, mask = args
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=False)
+
+    with FoldedAttention(), torch.no_grad():
+        found = vmap(attend, in_dims=dims)(query, key, value, allowed)
+    for point in range(4):
+        own = (x if dim is None else x[point] for x, dim in zip((query, key, value, allowed), dims, strict=True))
+        torch.testing.assert_close(found[point], attend(*own), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("in_dims", [(0, None), (None, 0), (0, 0), (2, None), (None, 1)])
