@@ -156,7 +156,7 @@ class Losses:
     @property
     def fewest_stacked(self) -> int:
         """Fewer points than these go through the model one after the other."""
-        return FEWEST_STACKED_ON_GPU if self._on_gpu else 2
+        return FEWEST_STACKED_ON_GPU if self._on_gpu and not self._offloaded else 2
 
     def points_at_once(self, batch: MicroBatch) -> int:
         """How many points to stack over one micro-batch at most; 1 stacks none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import statistics
 import time
@@ -60,16 +61,43 @@ class Slopes:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """How long a run's steps take, where what is kept of a row makes it cheaper from the second time on.
+
+    Attributes:
+        first: seconds of a step whose rows are all new.
+        later: seconds of one whose rows were all drawn before.
+        sample_rate: q, with which a process draws a row; after t steps it was not drawn with probability (1 − q)^t.
+    """
+
+    first: float
+    later: float
+    sample_rate: float
+
+    def seconds(self, steps: int) -> float:
+        """Of so many steps together."""
+        new = (1 - (1 - self.sample_rate) ** steps) / self.sample_rate
+        return steps * self.later + new * (self.first - self.later)
+
+    def steps(self, seconds: float) -> int:
+        """The most that take no more than `seconds`."""
+        return bisect.bisect_right(range(1, int(seconds / self.later) + 1), seconds, key=self.seconds)
+
+
+@dataclass(frozen=True)
 class Seconds:
-    """What a step takes: `step` + rows · (`row` + points · `point`)."""
+    """What a step takes: `step` + rows · (`row` + points · `point`), and with rows that were drawn before `again` for
+    `row`."""
 
     row: float
+    again: float
     point: float
     step: float = 0.05
 
-    def of(self, rows: float, points: int) -> float:
-        """Seconds of a step with `rows` rows at `points` points each."""
-        return self.step + rows * (self.row + points * self.point)
+    def pace(self, rows: float, points: int, sample_rate: float) -> Pace:
+        """Of steps with `rows` rows at `points` points each."""
+        first, later = (self.step + rows * (row + points * self.point) for row in (self.row, self.again))
+        return Pace(first, later, sample_rate)
 
 
 def find_slopes(losses: Losses, rows: Sequence[MicroBatch], perturbation: Perturbation, config: DPZeroConfig) -> Slopes:
@@ -151,13 +179,22 @@ def measure_seconds(losses: Losses, row: MicroBatch, perturbation: Perturbation,
     """
     batch = stacked_rows([dict(row)] * _TIMED_ROWS)
 
-    def seconds(points: int) -> float:
+    def seconds(passes: Losses, points: int) -> float:
         start = time.perf_counter()
-        losses_at(losses, [batch], perturbation, 0, points_of(points // 2, move, "central"))
+        losses_at(passes, [batch], perturbation, 0, points_of(points // 2, move, "central"))
         return time.perf_counter() - start
 
-    # The first pass warms up. Of others the quickest was disturbed least.
-    seconds(_FEW_POINTS)
-    few, many = (min(seconds(points) for _ in range(_TIMED)) for points in (_FEW_POINTS, _MANY_POINTS))
-    point = max(many - few, 1e-6) / (_TIMED_ROWS * (_MANY_POINTS - _FEW_POINTS))
-    return Seconds(_UNEVEN * max(few / _TIMED_ROWS - _FEW_POINTS * point, 0.0), _UNEVEN * point)
+    def a_row(passes: Losses, points: int) -> float:
+        # The first pass warms up. Of others the quickest was disturbed least.
+        seconds(passes, points)
+        return min(seconds(passes, points) for _ in range(_TIMED)) / _TIMED_ROWS
+
+    new = losses.without_kept()
+    few, many = a_row(new, _FEW_POINTS), a_row(new, _MANY_POINTS)
+    point = max(many - few, 1e-6 / _TIMED_ROWS) / (_MANY_POINTS - _FEW_POINTS)
+    kept = few
+    if losses.shortcuts.kept is not None:
+        losses.prepare([batch])
+        kept = min(few, a_row(losses, _FEW_POINTS))
+    first, again = (_UNEVEN * max(made - _FEW_POINTS * point, 0.0) for made in (few, kept))
+    return Seconds(first, again, _UNEVEN * point)

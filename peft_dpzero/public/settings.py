@@ -15,7 +15,7 @@ from peft_dpzero.config import DPZeroConfig, SettledConfig
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.mechanism.accountant import Accountant
 from peft_dpzero.perturbation.orthogonal import angles
-from peft_dpzero.public.scales import Seconds, Slopes
+from peft_dpzero.public.scales import Pace, Seconds, Slopes
 
 # How large the mean gradient is, squared, beside a row's: not known before training, and about this early in it.
 SIGNAL_SHARE = 0.02
@@ -99,12 +99,12 @@ class Variance:
 
 @dataclass(frozen=True)
 class Choice:
-    """A logical batch and a number of directions, and what they give: `steps` of `seconds` each."""
+    """A logical batch and a number of directions, and what they give: so many `steps` at a `pace`."""
 
     expected_batch_size: int
     num_directions: int
     steps: int
-    seconds: float
+    pace: Pace
     variance: Variance
 
     def proven(self, config: DPZeroConfig, num_units: int, entries: int) -> Choice:
@@ -149,19 +149,23 @@ def choose_sizes(
     directions = (known,) if (known := config.known_directions) else [k for k in _DIRECTIONS if k <= most]
     points = 1 if config.difference == "forward" else 2
 
+    def pace_of(size: int, count: int) -> Pace:
+        rows = size / processes
+        return seconds.pace(rows, points * count, rows / num_units)
+
     def choices() -> Iterator[Choice]:
         for size, count in itertools.product(batches, directions):
-            once = seconds.of(size / processes, points * count)
-            made = steps or int(budget / once)
-            fits = made >= (steps or FEWEST_STEPS) and made * once <= 1.01 * budget
+            pace = pace_of(size, count)
+            made = steps or pace.steps(budget)
+            fits = made >= (steps or FEWEST_STEPS) and pace.seconds(made) <= 1.01 * budget
             # Where all is given there is nothing to choose.
             if fits or (steps and batch and config.known_directions):
                 sigma = rough_noise(config, size / num_units, made)
-                yield Choice(size, count, made, once, Variance.of(config, entries, count, size, sigma))
+                yield Choice(size, count, made, pace, Variance.of(config, entries, count, size, sigma))
 
     found = list(choices())
     if not found:
-        least = seconds.of(batches[0] / processes, points * directions[0]) * (steps or FEWEST_STEPS)
+        least = pace_of(batches[0], directions[0]).seconds(steps or FEWEST_STEPS)
         raise DPZeroError(
             f"{steps or FEWEST_STEPS} steps take {least / 60:.1g} minutes at least here, and {budget / 60:.1g} are "
             "left of `minutes`: give more, or train fewer or higher layers."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from peft_dpzero.estimation.losses import MicroBatch
 from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
 from peft_dpzero.estimation.shapes import Shapes, as_row
 from peft_dpzero.perturbation.perturbation import Perturbation
-from peft_dpzero.public.scales import Slopes, find_slopes, measure_seconds
+from peft_dpzero.public.scales import Pace, Slopes, find_slopes, measure_seconds
 from peft_dpzero.public.settings import (
     ENOUGH_STEPS,
     FEWEST_STEPS,
@@ -207,10 +206,10 @@ def find_settings(
     rate = sizes.learning_rate
     if sizes.deadline is not None and choice is not None:
         count = max(1, round(expected))
-        first, later = _seconds_of_steps(passes, perturbation, settled, rows, count, choice)
+        pace = _measured_pace(passes, perturbation, settled, rows, count, choice)
         left = (sizes.deadline - time.monotonic()) / _RESERVE
-        steps = steps or max(FEWEST_STEPS, steps_within(left, first, later, batch / sizes.num_units))
-        once = seconds_of(steps, first, later, batch / sizes.num_units) / steps
+        steps = steps or max(FEWEST_STEPS, pace.steps(left))
+        once = pace.seconds(steps) / steps
         rate = rate or learning_rate(slopes.typical, steps)
     chosen = Settings(
         source,
@@ -225,39 +224,24 @@ def find_settings(
     return Measured(chosen, passes, slopes, choice, once)
 
 
-def _seconds_of_steps(
+def _measured_pace(
     passes: Passes,
     perturbation: Perturbation,
     config: SettledConfig,
     rows: Sequence[MicroBatch],
     count: int,
     choice: Choice,
-) -> tuple[float, float]:
-    """Seconds of a step whose rows are all new, and of one whose rows were all drawn before."""
+) -> Pace:
+    """Of steps with `count` rows."""
     cold = replace(passes, losses=passes.losses.without_kept())
     first = _seconds_a_step(cold, perturbation, config, rows, count)
-    if choice.steps >= ENOUGH_STEPS or first > _SURPRISING * choice.seconds:
+    if choice.steps >= ENOUGH_STEPS or first > _SURPRISING * choice.pace.first:
         first = min(first, _seconds_a_step(cold, perturbation, config, rows, count))
-    if passes.losses.shortcuts.kept is None:
-        return first, first
-    _seconds_a_step(passes, perturbation, config, rows, count)
-    return first, min(first, _seconds_a_step(passes, perturbation, config, rows, count))
-
-
-def seconds_of(steps: int, first: float, later: float, sample_rate: float) -> float:
-    """Seconds of so many steps, if one takes `first` with new rows and `later` with rows that were drawn before.
-
-    After t steps a row was not drawn with probability (1 − q)^t.
-    """
-    new = (1 - (1 - sample_rate) ** steps) / sample_rate
-    return steps * later + new * (first - later)
-
-
-def steps_within(seconds: float, first: float, later: float, sample_rate: float) -> int:
-    """The most steps that take no more than `seconds`."""
-    return bisect.bisect_right(
-        range(1, int(seconds / later) + 1), seconds, key=lambda steps: seconds_of(steps, first, later, sample_rate)
-    )
+    later = first
+    if passes.losses.shortcuts.kept is not None:
+        _seconds_a_step(passes, perturbation, config, rows, count)
+        later = min(first, _seconds_a_step(passes, perturbation, config, rows, count))
+    return replace(choice.pace, first=first, later=later)
 
 
 def _seconds_a_step(

@@ -20,7 +20,8 @@ from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
 from peft_dpzero.estimation.shapes import Shapes
 from peft_dpzero.estimation.shortcuts import kept_trunk
 from peft_dpzero.perturbation.perturbation import Perturbation
-from peft_dpzero.training.settling import seconds_of, steps_within
+from peft_dpzero.public import scales
+from peft_dpzero.public.scales import Pace, measure_seconds
 from torch import Tensor, nn
 from transformers import default_data_collator
 
@@ -201,10 +202,21 @@ print(oct(info.st_mode & 0o777), info.st_nlink, os.listdir(tempfile.gettempdir()
     assert done.stdout.strip() == "0o600 0 []", done.stderr
 
 
+def test_what_a_row_costs_when_it_was_drawn_before_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = upper("classifier")
+    losses, seen = losses_of(model), counted(lower_layer(model))
+    monkeypatch.setattr(scales.time, "perf_counter", lambda: float(seen["rows"]))
+    row = batch_of("classifier", token_rows(1, 5, 0))
+    seconds = measure_seconds(losses, row, Perturbation(model), 1e-2)
+    assert seconds.row == pytest.approx(scales._UNEVEN, abs=1e-3)
+    assert seconds.again == 0
+
+
 @pytest.mark.parametrize(("first", "later"), [(3.0, 1.0), (2.0, 2.0)])
 def test_as_many_steps_are_planned_as_the_time_allows(first: float, later: float) -> None:
-    steps = steps_within(100.0, first, later, 0.05)
-    assert seconds_of(steps, first, later, 0.05) <= 100.0 < seconds_of(steps + 1, first, later, 0.05)
+    pace = Pace(first, later, 0.05)
+    steps = pace.steps(100.0)
+    assert pace.seconds(steps) <= 100.0 < pace.seconds(steps + 1)
     # A row is new with probability (1 − q)^t.
     expected = sum(later + (first - later) * 0.95**step for step in range(steps))
-    assert seconds_of(steps, first, later, 0.05) == pytest.approx(expected)
+    assert pace.seconds(steps) == pytest.approx(expected)

@@ -176,9 +176,10 @@ def _for_passes(
         smoothing_parameter=slopes.smoothing_parameter,
         direction_distribution=trainer.run.config.direction_distribution,
     )
+    base = 1.0 if slopes.difference == "forward" else 0.0
     choice = choose_sizes(
         measured,
-        Seconds(row=1.0 if slopes.difference == "forward" else 0.0, point=1.0, step=0.0),
+        Seconds(row=base, again=base, point=1.0, step=0.0),
         num_units=len(start.train),
         entries=trainer.run.perturbation(trainer.model).num_coordinates,
         budget=clock.budget.amount,
