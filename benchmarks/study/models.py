@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from peft_dpzero import Task as Loss
 from peft_dpzero import Verbalizer, infer_task
-from peft_dpzero.estimation.shortcuts.label_logits import HiddenLogits, OutputHead
+from peft_dpzero.estimation.shortcuts.label_logits import OutputHead
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -115,9 +115,7 @@ class Start:
             return self.loss.predictions(self.model(**inputs), batch)
         head = OutputHead.of(self.model)
         assert head is not None
-        with head.held_back() as hidden:
-            self.model(**inputs)
-        return self.loss.scores_from(HiddenLogits(hidden[-1], head), batch)
+        return self.loss.scores_from(head.logits(self.model, inputs), batch)
 
 
 def minilm(task: Task, data: Data, seed: int, size: Size, weights: Path) -> Start:

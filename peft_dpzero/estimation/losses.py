@@ -22,7 +22,7 @@ from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.shapes import may_have_company
 from peft_dpzero.estimation.shortcuts.filled_rows import FilledLayers
 from peft_dpzero.estimation.shortcuts.kept_trunk import KeptTrunk
-from peft_dpzero.estimation.shortcuts.label_logits import HiddenLogits, Logits, OutputHead
+from peft_dpzero.estimation.shortcuts.label_logits import OutputHead
 from peft_dpzero.estimation.shortcuts.merged_lora import MergedLora
 from peft_dpzero.estimation.shortcuts.read_positions import NarrowedLayers
 from peft_dpzero.estimation.shortcuts.stacked_attention import FoldedAttention
@@ -181,11 +181,11 @@ class Losses:
         last, few = self.shortcuts.read_positions, self.shortcuts.filled_rows
         narrowed = last.narrowed(partial(self._positions, batch)) if last else nullcontext()
         with narrowed, few.filled() if few else nullcontext():
-            if self.shortcuts.label_logits is None:
+            if (head := self.shortcuts.label_logits) is None:
                 losses = self.task.losses(self.model(**inputs), batch)
             else:
                 assert isinstance(self.task, LabelPositionTask)
-                losses = self.task.losses_from(self._logits(inputs, self.shortcuts.label_logits), batch)
+                losses = self.task.losses_from(head.logits(self.model, inputs), batch)
         if losses.ndim != 1:
             raise DPZeroError(
                 f"The per-example loss has {losses.ndim} dimensions and must have one, (batch,): it must not be "
@@ -199,11 +199,6 @@ class Losses:
 
     def _inputs(self, batch: MicroBatch) -> dict[str, Any]:
         return {**self.task.inputs(batch), **self._settings}
-
-    def _logits(self, inputs: dict[str, Any], head: OutputHead) -> Logits:
-        with head.held_back() as hidden:
-            self.model(**inputs)
-        return HiddenLogits(hidden[-1], head)
 
     def _positions(self, batch: MicroBatch, length: int) -> tuple[Tensor, Tensor] | None:
         """Where losses read in a pass, if that is as many positions of each row.

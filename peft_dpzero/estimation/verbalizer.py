@@ -74,7 +74,11 @@ class Verbalizer(LabelPositionTask):
         return {"input_ids": rows, "attention_mask": (columns < sizes).to(mask.dtype)}
 
     def losses_from(self, logits: Logits, batch: Batch) -> Tensor:
-        return F.cross_entropy(self.scores_from(logits, batch), labels_of(batch).view(-1), reduction="none")
+        return self.losses_of(self.scores_from(logits, batch), batch)
+
+    def losses_of(self, scores: Tensor, batch: Batch) -> Tensor:
+        """One loss an example, of its scores [b, c]: (b,), float32 or float64."""
+        return F.cross_entropy(scores, labels_of(batch).view(-1), reduction="none")
 
     def predictions(self, outputs: Any, batch: Batch) -> Tensor:
         """Scores of the label words: [b, c], float32 or float64."""

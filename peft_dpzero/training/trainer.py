@@ -38,6 +38,7 @@ from peft_dpzero.processes import AcceleratedProcesses, check_processes
 from peft_dpzero.release.digests import parameters_digest
 from peft_dpzero.release.optimizer import Estimate
 from peft_dpzero.training.checkpoints import checkpoint_step, checkpoint_to_resume
+from peft_dpzero.training.evaluating import EvaluatingMixin
 from peft_dpzero.training.offloading import bring_trained_into_memory, is_offloaded
 from peft_dpzero.training.optimizers import as_dpzero_optimizer, optimizer_for, warn_of_small_moves
 from peft_dpzero.training.pacing import step_loader
@@ -51,7 +52,7 @@ from peft_dpzero.training.settling import Given
 from peft_dpzero.training.sharding import check_parallelism, check_sharded_run, check_whole, shard, sharding_asked
 
 
-class DPZeroTrainerMixin(PreparingMixin, SavingMixin, ReportingMixin):
+class DPZeroTrainerMixin(PreparingMixin, EvaluatingMixin, SavingMixin, ReportingMixin):
     """Makes a `transformers.Trainer` subclass private: put it first among the bases.
 
     The logical batch is `per_device_train_batch_size × gradient_accumulation_steps × processes` on average;
@@ -271,16 +272,6 @@ class DPZeroTrainerMixin(PreparingMixin, SavingMixin, ReportingMixin):
         report = self.run.release(self.state.global_step)
         self._estimate = report.estimate
         return torch.tensor(report.nonprivate_loss or 0.0, device=self.args.device)
-
-    def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Mean of the per-example losses: evaluation only. Preferences are evaluated by TRL's own loss."""
-        if isinstance(self.task, PairTask):
-            return super().compute_loss(model, inputs, return_outputs)
-        outputs = model(**self.task.inputs(inputs))
-        loss = self.task.losses(outputs, inputs).mean()
-        return (loss, {"logits": self.task.predictions(outputs, inputs)}) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """What `args.optim` asks for, over the Trainer's weight-decay groups, unless an optimizer was passed in.

@@ -21,11 +21,19 @@ from peft_dpzero import (
     DPZeroTrainerMixin,
     FunctionTask,
     PrivateStepError,
+    Verbalizer,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import ProgressCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
+from transformers import (
+    ProgressCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    default_data_collator,
+)
 
-from tiny import adapted, arguments, config, tiny_dataset, tiny_model
+from tiny import adapted, arguments, config, tiny_dataset, tiny_lora, tiny_model, word_tokenizer
 
 
 def trainer(folder: Path, model: Any = None, dpzero: DPZeroConfig | None = None, **changes: Any) -> DPZeroTrainer:
@@ -113,6 +121,37 @@ def test_evaluation_averages_the_per_example_losses(tmp_path: Path) -> None:
     wanted = -logits.log_softmax(1)[range(10), labels].mean()
     assert run.evaluate()["eval_loss"] == pytest.approx(float(wanted), rel=1e-5)
     assert torch.allclose(torch.tensor(run.predict(data).predictions).double(), logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("prompted", [False, True])
+def test_evaluation_makes_logits_where_losses_read_only(prompted: bool, tmp_path: Path) -> None:
+    data = tiny_dataset("causal_lm", 10)
+    task = None
+    if prompted:
+        data = data.remove_columns("labels").add_column("labels", [0, 1] * 5)
+        task = Verbalizer(word_tokenizer(), ["w7", "w9"], causal=True)
+    run = DPZeroTrainer(
+        tiny_lora("causal_lm"),
+        arguments(tmp_path, max_steps=1),
+        train_dataset=data,
+        eval_dataset=data,
+        dpzero_config=config(),
+        per_example_loss=task,
+        data_collator=default_data_collator if prompted else None,
+    )
+    run.train()
+    held_back: list[bool] = []
+    head = run.model.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, output: held_back.append(output.numel() == 0))
+    sparing, predicted = run.evaluate()["eval_loss"], run.predict(data).predictions
+    # Two batches each; a language model's predictions are logits.
+    assert sum(held_back) == (4 if prompted else 2)
+    del run._passes
+    held_back.clear()
+    whole, logits = run.evaluate()["eval_loss"], run.predict(data).predictions
+    assert sparing == pytest.approx(whole, rel=1e-6)
+    assert np.allclose(predicted, logits, atol=1e-5)
+    assert not any(held_back)
 
 
 @pytest.mark.parametrize("train_loss", ["withheld", "nonprivate"])

@@ -6,7 +6,7 @@ hidden states onto the vocabulary; the task then projects those that it needs, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -98,6 +98,12 @@ class OutputHead:
 
         with replaced_forwards({self.module: forward}):
             yield seen
+
+    def logits(self, model: Any, inputs: Mapping[str, Any]) -> HiddenLogits:
+        """Those of a pass, to be made where they are read."""
+        with self.held_back() as hidden:
+            model(**inputs)
+        return HiddenLogits(hidden[-1], self)
 
     def project(self, hidden: Tensor, words: Tensor | None = None) -> Tensor:
         """Logits of hidden states (n, h): (n, v), or (n, c) of the tokens `words` (c,) only."""
