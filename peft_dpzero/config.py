@@ -128,7 +128,7 @@ class DPZeroConfig:
         ),
     )
     basis_size: int = field(
-        default=128,
+        default=64,
         metadata=_help(
             "With public_text: in how many coordinates directions lie, those in which it moves outputs most."
         ),
