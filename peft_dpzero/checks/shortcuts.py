@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 SCALE = 0.1
 # A smaller share of the model than this is not worth keeping.
 _WORTHWHILE_TRUNK = 0.1
-# How far a shortcut may change a loss, in what a pass of another shape does, and at most in tolerances.
+# How far stacking may change a loss, in what a pass of another shape does, and at most in tolerances.
 _ROUNDING, _MOST_ROUNDING = 4, 30
 _POINTS: list[Point] = [(0, SCALE), (1, -SCALE)]
 
@@ -47,7 +47,7 @@ class Trials:
         batch: without labels nothing can be told, and all trials fail.
         lone: a row by itself, without padding.
         perturbation: makes the points.
-        tolerance: absolute, of losses; more is granted as far as a pass over all rows twice rounds otherwise.
+        tolerance: absolute, of losses.
     """
 
     def __init__(
@@ -64,8 +64,8 @@ class Trials:
         self.perturbation = perturbation
         self._batch = batch
         self._lone = lone
+        self._tolerance = tolerance
         self._plain, self._plain_alone = self.losses(PLAIN), self.losses(PLAIN, batch=lone)
-        self._tolerance = min(max(tolerance, _ROUNDING * self._rounding()), _MOST_ROUNDING * tolerance)
         # What labels decide is read of rows only that always go alone.
         alone = isinstance(task, TokenTask)
         self._narrowable, self._plain_narrowable = (lone, self._plain_alone) if alone else (batch, self._plain)
@@ -96,10 +96,14 @@ class Trials:
         return self._near(self.losses(shortcuts), self._plain)
 
     def agree_stacked(self, shortcuts: Shortcuts) -> bool:
-        """Whether the losses are the plain pass's, of rows together and of one by itself, at points enough to stack."""
+        """Whether the losses are the plain pass's, of rows together and of one by itself, at points enough to stack.
+
+        A stack is a pass of another shape, which rounds otherwise: in half precision by much.
+        """
         points = [(k, SCALE) for k in range(self.losses_with(shortcuts).fewest_stacked)]
+        tolerance = min(max(self._tolerance, _ROUNDING * self._rounding()), _MOST_ROUNDING * self._tolerance)
         pairs = ((self.losses(one, points, batch) for one in (shortcuts, PLAIN)) for batch in (self._batch, self._lone))
-        return all(self._near(found, plain) for found, plain in pairs)
+        return all(self._near(found, plain, tolerance) for found, plain in pairs)
 
     def agree_narrowed(
         self, shortcuts: Shortcuts, modules: Sequence[nn.Module], attention: LastAttention | None = None
@@ -135,10 +139,10 @@ class Trials:
         twice = self.losses(PLAIN, batch=stacked_rows([dict(self._batch)] * 2)) if rows > 1 else None
         return 0.0 if self._plain is None or twice is None else float((twice[:, :rows] - self._plain).abs().max())
 
-    def _near(self, losses: Tensor | None, plain: Tensor | None) -> bool:
+    def _near(self, losses: Tensor | None, plain: Tensor | None, tolerance: float | None = None) -> bool:
         if losses is None or plain is None:
             return False
-        return torch.allclose(losses, plain, rtol=1e-4, atol=self._tolerance)
+        return torch.allclose(losses, plain, rtol=1e-4, atol=tolerance or self._tolerance)
 
 
 def find_shortcuts(trials: Trials, trunk: SharedTrunk | None, run: Callable[[], Any]) -> Shortcuts:

@@ -44,8 +44,8 @@ class Perturbation:
     that results do not depend on threads, nor on whether a direction was kept or made again. A half-precision
     parameter is perturbed from its float32 value and rounded once; its float32 master copy is the optimizer's affair.
 
-    Directions of at most `KEPT_ENTRIES` entries are kept during a step, as many as fit. Larger ones are made anew,
-    piece by piece, whenever they are used, and never exist as a whole.
+    Directions of at most `KEPT_ENTRIES` entries (`KEPT_ENTRIES_ON_GPU` on a GPU) are kept during a step, as many as
+    fit. Larger ones are made anew, piece by piece, whenever they are used, and never exist as a whole.
 
     A perturbed copy of θ lives beside θ during a pass, except for `streamed` parameters, which are copied module by
     module (`streaming.py`), once a call.
