@@ -174,7 +174,8 @@ def find_shortcuts(trials: Trials, trunk: SharedTrunk | None, run: Callable[[], 
         return found
     trunk.measure(lambda: trials.losses(found, _POINTS[:1]), lambda: trials.losses(found, _POINTS[1:]))
     shared = _with(trials, found, trunk=trunk)
-    shared = shared if shared.trunk else replace(found, trunk=trunk, stacked=False)
+    if shared.trunk is None or (shared.stacked and not trials.agree_stacked(shared)):
+        shared = replace(found, trunk=trunk, stacked=False)
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         return shared
     return replace(shared, kept=find_kept(trunk, run, lambda kept: trials.agree_kept(shared, kept)))

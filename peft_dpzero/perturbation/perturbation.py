@@ -22,7 +22,7 @@ from peft_dpzero.perturbation.streaming import streamed
 # which take longer to make, below this many (64 MiB).
 KEPT_ENTRIES = 1 << 22
 KEPT_ENTRIES_IN_BASIS = 1 << 24
-# On a GPU, where memory is dearer in passes than in bytes: 128 MiB.
+# On a GPU, whose passes are cheaper the more points they have: 128 MiB.
 KEPT_ENTRIES_ON_GPU = 1 << 25
 # Below this many entries (256 MiB of float32) a copy of θ costs little: it serves all micro-batches of a pass, and its
 # memory is used again by the next, since the system takes as long to hand out pages as threads take to fill them.

@@ -97,14 +97,8 @@ def test_the_probes_choice_gives_the_plain_losses(name: str) -> None:
     assert (chosen.shortcuts.label_logits is not None) == (kind != "classifier")
 
 
-@pytest.mark.parametrize("kind", ["classifier", "causal_lm", "masked_lm"])
-def test_as_many_points_are_stacked_in_each_pass_as_on_a_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_lora(kind).eval()
-    perturbation = Perturbation(model)
-    losses = Losses(model, infer_task(model), dict, Shortcuts(stacked=True))
-    monkeypatch.setattr(losses, "_on_gpu", True)
-    one, points = batch(kind), [(k, 1e-2) for k in range(9)]
-    monkeypatch.setattr("peft_dpzero.estimation.losses.STACKED_TOKENS_ON_GPU", 6 * one["input_ids"].numel())
+def points_of_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many points each pass over a stack has from now on."""
     passes: list[int] = []
     stacked = Losses.stacked
 
@@ -113,6 +107,18 @@ def test_as_many_points_are_stacked_in_each_pass_as_on_a_gpu(kind: str, monkeypa
         return stacked(self, one, parameters)
 
     monkeypatch.setattr(Losses, "stacked", counted)
+    return passes
+
+
+@pytest.mark.parametrize("kind", ["classifier", "causal_lm", "masked_lm"])
+def test_as_many_points_are_stacked_in_each_pass_as_on_a_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_lora(kind).eval()
+    perturbation = Perturbation(model)
+    losses = Losses(model, infer_task(model), dict, Shortcuts(stacked=True))
+    monkeypatch.setattr(losses, "_on_gpu", True)
+    one, points = batch(kind), [(k, 1e-2) for k in range(9)]
+    monkeypatch.setattr("peft_dpzero.estimation.losses.STACKED_TOKENS_ON_GPU", 6 * one["input_ids"].numel())
+    passes = points_of_passes(monkeypatch)
     found = losses_at(losses, [one], perturbation, 0, points)[0]
     assert passes == [5, 5]
     torch.testing.assert_close(
@@ -121,6 +127,19 @@ def test_as_many_points_are_stacked_in_each_pass_as_on_a_gpu(kind: str, monkeypa
     # Too few to be worth a pass over a stack.
     losses_at(losses, [one], perturbation, 0, points[:3])
     assert passes == [5, 5]
+
+
+def test_points_are_stacked_above_a_trunk_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_lora("classifier", layers_to_transform=[1]).eval()
+    perturbation, task = Perturbation(model), infer_task(model)
+    losses = Probe(model, CPU, task=task).losses(perturbation, dict).without_kept()
+    assert losses.shortcuts.trunk is not None
+    monkeypatch.setattr(losses, "_on_gpu", True)
+    one, points = batch("classifier"), [(k, 1e-2) for k in range(9)]
+    passes = points_of_passes(monkeypatch)
+    found = losses_at(losses, [one], perturbation, 0, points)[0]
+    assert passes == [9]
+    torch.testing.assert_close(found, at_all(Losses(model, task, dict), one, model, points), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("words", [["a", "b"], ["ab", "cde", "f"]])
