@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -70,10 +71,6 @@ class Trials:
         alone = isinstance(task, TokenTask)
         self._narrowable, self._plain_narrowable = (lone, self._plain_alone) if alone else (batch, self._plain)
 
-    def losses_with(self, shortcuts: Shortcuts) -> Losses:
-        """Passes over made-up rows, which lie where the model does."""
-        return Losses(self.model, self.task, dict, shortcuts)
-
     def losses(
         self, shortcuts: Shortcuts, points: Sequence[Point] = _POINTS, batch: MicroBatch | None = None
     ) -> Tensor | None:
@@ -81,7 +78,7 @@ class Trials:
         batch = batch or self._batch
         if "labels" not in batch:
             return None
-        losses = self.losses_with(shortcuts)
+        losses = Losses(self.model, self.task, dict, shortcuts)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -100,10 +97,9 @@ class Trials:
 
         A stack is a pass of another shape, which rounds otherwise: in half precision by much.
         """
-        points = [(k, SCALE) for k in range(self.losses_with(shortcuts).fewest_stacked)]
-        tolerance = min(max(self._tolerance, _ROUNDING * self._rounding()), _MOST_ROUNDING * self._tolerance)
-        pairs = ((self.losses(one, points, batch) for one in (shortcuts, PLAIN)) for batch in (self._batch, self._lone))
-        return all(self._near(found, plain, tolerance) for found, plain in pairs)
+        tolerance = min(max(self._tolerance, _ROUNDING * self._rounding), _MOST_ROUNDING * self._tolerance)
+        tried = zip((self._batch, self._lone), self._plain_at_stacks, strict=True)
+        return all(self._near(self.losses(shortcuts, self._stack, batch), plain, tolerance) for batch, plain in tried)
 
     def agree_narrowed(
         self, shortcuts: Shortcuts, modules: Sequence[nn.Module], attention: LastAttention | None = None
@@ -133,6 +129,16 @@ class Trials:
         found = self.losses(keeping)
         return found is not None and torch.equal(plain, found)
 
+    @cached_property
+    def _stack(self) -> list[Point]:
+        """As few points as are stacked at all."""
+        return [(k, SCALE) for k in range(Losses(self.model, self.task, dict).fewest_stacked)]
+
+    @cached_property
+    def _plain_at_stacks(self) -> list[Tensor | None]:
+        return [self.losses(PLAIN, self._stack, batch) for batch in (self._batch, self._lone)]
+
+    @cached_property
     def _rounding(self) -> float:
         """How far losses are apart from those in a pass of another shape, over all rows twice."""
         rows = len(self._batch["input_ids"])

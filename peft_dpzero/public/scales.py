@@ -185,11 +185,11 @@ def measure_seconds(losses: Losses, row: MicroBatch, perturbation: Perturbation,
         return time.perf_counter() - start
 
     def a_row(passes: Losses, points: int) -> float:
-        # The first pass warms up. Of others the quickest was disturbed least.
-        seconds(passes, points)
         return min(seconds(passes, points) for _ in range(_TIMED)) / _TIMED_ROWS
 
     new = losses.without_kept()
+    # The first pass warms up. Of others the quickest was disturbed least.
+    seconds(new, _FEW_POINTS)
     few, many = a_row(new, _FEW_POINTS), a_row(new, _MANY_POINTS)
     point = max(many - few, 1e-6 / _TIMED_ROWS) / (_MANY_POINTS - _FEW_POINTS)
     kept = few
