@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -37,8 +37,8 @@ from peft_dpzero.perturbation.perturbation import Perturbation, Point
 
 logger = logging.getLogger(__name__)
 
-# A row's losses at each of its places (points, places); and of each module call what it put out for it at the first,
-# (1, …), and whether it did at all. More would take as much memory as training.
+# A row's losses at each of its places (points, places); and of each module call a digest of what it put out for it at
+# the first, and whether it did at all. The outputs themselves would take as much memory as training.
 RowBits = tuple[Tensor, dict[Call, tuple[Tensor, Tensor]]]
 
 # Up to which lengths it is tried whether rows keep their bits.
@@ -47,6 +47,8 @@ _LONGEST = 1024
 _ROWS_A_POINT = 4
 # Seconds after which progress is shown.
 _PATIENCE = 5
+# As wide as a float of so many bytes.
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Probe:
@@ -317,12 +319,34 @@ def _bits(
 
 
 def _own(output: Tensor, rows: list[int], count: int) -> tuple[Tensor, Tensor] | None:
-    """What a module's output holds at the first of `rows`, and whether the others hold the same; None if it does not
-    lie row by row, as what all rows share does not."""
+    """A digest of what a module's output holds at the first of `rows`, and whether the others hold the same; None if it
+    does not lie row by row, as what all rows share does not."""
     if output.ndim == 0 or len(output) != count:
         return None
-    first = output[rows[:1]]
-    return first, (output[rows] == first).all()
+    first = output[rows[0]]
+    return _digest(first), (output[rows] == first).all()
+
+
+def _digest(values: Tensor) -> Tensor:
+    """A number modulo 2⁶⁴ that tells tensors of one shape and dtype apart, but for chances of some 2⁻⁶³.
+
+    Zeros of either sign are alike.
+    """
+    values = values + 0
+    flat = (torch.view_as_real(values) if values.is_complex() else values).flatten()
+    bits = flat.view(_INTEGERS[flat.element_size()]) if flat.is_floating_point() else flat
+    factors = _factors().to(bits.device)
+    digest = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for piece in torch.split(bits, len(factors) - 1):
+        digest = digest * factors[-1] + (piece * factors[: len(piece)]).sum()
+    return digest
+
+
+@cache
+def _factors() -> Tensor:
+    """Odd numbers, so that no change of a single entry is lost."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-(1 << 63), (1 << 63) - 1, ((1 << 16) + 1,), generator=generator) | 1
 
 
 def _all_alike(reference: RowBits, found: RowBits) -> bool:
@@ -333,12 +357,8 @@ def _all_alike(reference: RowBits, found: RowBits) -> bool:
     if not bool((values[:points] == wanted[:points, :1]).all()):
         return False
     pairs = [(outputs[call], wanted_outputs[call][0]) for call in outputs.keys() & wanted_outputs.keys()]
-    if any(first.shape != other.shape for (first, _), other in pairs):
-        return False
     # One answer for all: each would keep a GPU waiting.
-    return not pairs or bool(
-        torch.stack([everywhere & (first == other).all() for (first, everywhere), other in pairs]).all()
-    )
+    return not pairs or bool(torch.stack([everywhere & (first == other) for (first, everywhere), other in pairs]).all())
 
 
 def _apart(one: Tensor | None, other: Tensor | None, tolerance: float) -> bool:

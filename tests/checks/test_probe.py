@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from peft_dpzero import DPZeroError, DPZeroTrainer, Task, TokenTask, Verbalizer, infer_task
 from peft_dpzero.checks.causes import check_batch_norm
-from peft_dpzero.checks.probe import Probe, _bits
+from peft_dpzero.checks.probe import Probe, _bits, _digest
 from peft_dpzero.checks.synthetic import ProbeBatch
 from peft_dpzero.estimation import tasks
 from peft_dpzero.estimation.shapes import Shapes
@@ -167,7 +167,7 @@ def test_few_rows_share_passes_where_each_pass_perturbs_large_parameters(monkeyp
     assert [tried.length(tokens) for tokens in (5, 9, 20, 33)] == [32, 32, 32, 64]
 
 
-def test_the_trial_of_shapes_keeps_one_row_of_what_modules_put_out() -> None:
+def test_the_trial_of_shapes_keeps_digests_of_what_modules_put_out() -> None:
     model = with_module(nn.Sequential())
     perturbation, probe = Perturbation(model), Probe(model, CPU, infer_task(model))
     losses, rows = probe.losses(perturbation, dict), probe.data.rows_of([7] * 8)
@@ -175,9 +175,21 @@ def test_the_trial_of_shapes_keeps_one_row_of_what_modules_put_out() -> None:
     ((values, outputs),) = _bits(perturbation, losses, [batch], [range(0, 8, 2)], [(0, 1e-3), (0, -1e-3)])
     assert values.shape[1] == 4
     assert len(outputs) > 10
-    for first, _ in outputs.values():
-        assert len(first) == 1
-        assert first.untyped_storage().nbytes() == first.numel() * first.element_size()
+    assert all(digest.untyped_storage().nbytes() == 8 for digest, _ in outputs.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.bool])
+def test_digests_tell_any_entrys_last_bit(dtype: torch.dtype) -> None:
+    values = torch.arange(200_000).remainder(7).to(dtype).reshape(2, -1)
+    number = _digest(values)
+    assert torch.equal(number, _digest(values.clone()))
+    generator = torch.Generator().manual_seed(1)
+    for place in torch.randint(values.numel(), (20,), generator=generator).tolist():
+        other = values.clone()
+        other.view(torch.uint8).view(-1)[place * values.element_size()] ^= 1
+        assert not torch.equal(number, _digest(other))
+    assert not torch.equal(number, _digest(values.flip(1)))
+    assert torch.equal(_digest(torch.zeros(3)), _digest(-torch.zeros(3)))
 
 
 def test_numbers_of_rows_that_round_in_another_way_are_not_used() -> None:
