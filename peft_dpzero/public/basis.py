@@ -9,6 +9,7 @@ few dozen coordinates; as many random ones would hold next to nothing. Backward 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ from transformers.utils.logging import tqdm
 
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.losses import MicroBatch
-from peft_dpzero.estimation.tasks import Task
+from peft_dpzero.estimation.shortcuts.label_logits import OutputHead
+from peft_dpzero.estimation.tasks import LabelPositionTask, Task
 from peft_dpzero.perturbation.basis import MOST_VECTORS, Basis
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,8 @@ _SMALLEST_SHARE = 1e-9
 _STRETCH = -0.25
 # The weakest grow ten times at most.
 _STRETCHED_SHARE = 1e-4
+# Losses that differ by less of their size are the same.
+_ROUNDING, _ROUNDING_HALF = 1e-4, 1e-2
 _PATIENCE = 5
 
 
@@ -48,6 +52,7 @@ def find_basis(
     place: Callable[[MicroBatch], MicroBatch],
     size: int,
     seed: int = 0,
+    until: float | None = None,
 ) -> Basis:
     """The top eigenvectors of the gradients of random ± sums of public rows' losses.
 
@@ -61,6 +66,7 @@ def find_basis(
         place: moves it to the model's device.
         size: r; fewer vectors come back if the gradients span fewer.
         seed: of the signs and the order.
+        until: when there are enough sums, by `time.monotonic`, if there are as many as vectors.
 
     Raises:
         DPZeroError: no parameter moves the losses, or there are too many for a basis of this size.
@@ -79,10 +85,15 @@ def find_basis(
     gradients: dict[str, Tensor] = {}  # of those that are not always 0: [sums, d_i]
     batches = _batches(rows, collate, sums, generator)
     model.eval()
+    read: Callable[[MicroBatch], Tensor] | None = None
     for number, batch in enumerate(tqdm(batches, total=sums, desc="Public gradients", delay=_PATIENCE)):
+        if until is not None and number >= size and time.monotonic() > until:
+            logger.info("Time for the basis is over after %d of %d sums.", number, sums)
+            break
         batch = place(batch)
+        read = read or _reader(model, task, batch)
         with torch.enable_grad():
-            losses = task.losses(model(**task.inputs(batch)), batch)
+            losses = read(batch)
             signs = torch.randint(0, 2, losses.shape, generator=generator).to(losses) * 2 - 1
             made = torch.autograd.grad((losses * signs).sum(), list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, made, strict=True):
@@ -94,6 +105,30 @@ def find_basis(
     if not moved:
         raise DPZeroError("No trainable parameter moves the loss on public_text: is the adapter active?")
     return Basis.of(_top_vectors([gradients[name] for name in moved], size), moved)
+
+
+@torch.no_grad()
+def _reader(model: nn.Module, task: Task, batch: MicroBatch) -> Callable[[MicroBatch], Tensor]:
+    """How a micro-batch's losses are read: from the logits at labels alone, if that gives those of `batch`."""
+
+    def whole(batch: MicroBatch) -> Tensor:
+        return task.losses(model(**task.inputs(batch)), batch)
+
+    head = OutputHead.of(model)
+    if head is None or not isinstance(task, LabelPositionTask):
+        return whole
+
+    def at_labels(batch: MicroBatch) -> Tensor:
+        return task.losses_from(head.logits(model, task.inputs(batch)), batch)
+
+    weights = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    rounding = _ROUNDING if weights <= {torch.float32, torch.float64} else _ROUNDING_HALF
+    losses = whole(batch)
+    try:
+        return at_labels if torch.allclose(at_labels(batch), losses, rtol=rounding) else whole
+    except Exception as error:  # Not every model calls its head.
+        logger.info("Logits are made at all positions: %s without.", type(error).__name__)
+        return whole
 
 
 def _top_vectors(parts: Sequence[Tensor], size: int) -> Tensor:

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 else:
     _Host = object
 
+# The part of `minutes` after which a basis is made of the gradients that there are.
+_FOR_BASIS = 0.25
+
 
 class PreparingMixin(_Host):  # type: ignore[misc]
     """The part of a private Trainer that comes before training. No private row is read."""
@@ -184,8 +187,16 @@ class PreparingMixin(_Host):  # type: ignore[misc]
 
     def _found_basis(self) -> Basis:
         model = self.accelerator.unwrap_model(self.model)
-        size = self.dpzero_config.basis_size
-        return find_basis(model, self.task, self._public_rows(), self._public_collator(), self._prepare_inputs, size)
+        size, minutes = self.dpzero_config.basis_size, self.dpzero_config.minutes
+        return find_basis(
+            model,
+            self.task,
+            self._public_rows(),
+            self._public_collator(),
+            self._prepare_inputs,
+            size,
+            until=None if minutes is None else time.monotonic() + _FOR_BASIS * 60 * minutes,
+        )
 
     @property
     def _compiles(self) -> bool:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft_dpzero import ClassificationTask, DPZeroConfig, DPZeroError, DPZeroTrainer, TokenTask, replay_journal, verify
+from peft_dpzero.estimation import tasks
+from peft_dpzero.estimation.shortcuts.label_logits import OutputHead
 from peft_dpzero.public.basis import find_basis
 from peft_dpzero.public.rows import public_rows
 from peft_dpzero.release.start import BASIS_NAME
@@ -18,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import default_data_collator
 
-from tiny import adapted, arguments, tiny_dataset, tiny_model
+from tiny import VOCABULARY, adapted, arguments, tiny_dataset, tiny_lora, tiny_model, token_rows
 
 
 class Linear(nn.Module):
@@ -66,6 +69,55 @@ def test_vectors_are_longer_where_outputs_are_less_sensitive() -> None:
     strong, weak = vectors.norm(dim=1).tolist()
     assert weak == pytest.approx(1, abs=1e-2)
     assert strong == pytest.approx(0.1, rel=0.1)
+
+
+def test_when_time_is_over_it_is_made_of_as_many_sums_as_vectors() -> None:
+    rows = [{"x": x, "labels": 0} for x in torch.randn(60, 12, generator=torch.Generator().manual_seed(0))]
+    read: list[int] = []
+
+    def collate(some: list[Any]) -> Any:
+        read.append(len(some))
+        return default_data_collator(some)
+
+    basis = find_basis(Linear(), ClassificationTask(), rows, collate, dict, size=3, until=time.monotonic())
+    assert basis.size == 3
+    assert len(read) <= 4
+    find_basis(Linear(), ClassificationTask(), rows, collate, dict, size=3, until=time.monotonic() + 600)
+    assert len(read) >= 12
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_language_models_logits_are_made_at_labels_alone_if_its_head_only_projects(
+    scaled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_lora("causal_lm")
+    if scaled:
+        made = model.base_model.model.forward
+
+        def forward(*args: Any, **inputs: Any) -> Any:
+            outputs = made(*args, **inputs)
+            outputs.logits = outputs.logits * 2
+            return outputs
+
+        model.base_model.model.forward = forward
+    rows = [{"input_ids": ids, "labels": [-100] * 6 + ids[6:]} for ids in token_rows(12)]
+    monkeypatch.setattr(tasks, "CHUNK_ENTRIES", 8 * VOCABULARY)
+    made_logits: list[int] = []
+
+    def note(head: nn.Module, inputs: Any, logits: torch.Tensor) -> None:
+        made_logits.append(logits.numel() // VOCABULARY)
+
+    handle = model.get_output_embeddings().register_forward_hook(note)
+    basis = find_basis(model, TokenTask(1), rows, default_data_collator, dict, size=3)
+    handle.remove()
+    labels, positions, sums = 4 * 2, 4 * 8, 12
+    assert sum(made_logits) == labels + positions + sums * (positions if scaled else labels)
+    with monkeypatch.context() as patched:
+        patched.setattr(OutputHead, "of", lambda model: None)
+        plain = find_basis(model, TokenTask(1), rows, default_data_collator, dict, size=3)
+    assert basis.names == plain.names
+    spanned, wanted = (each.vectors.double() * 2.0**-15 for each in (basis, plain))
+    torch.testing.assert_close(spanned.T @ spanned, wanted.T @ wanted, rtol=0, atol=1e-3)
 
 
 def config(**changes: Any) -> DPZeroConfig:
