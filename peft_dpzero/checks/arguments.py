@@ -66,7 +66,7 @@ def forward_only(args: Any) -> Any:
     Nor does it ask for FSDP, which is not the Trainer's affair: it would shard what is trained.
     """
     args = copy.copy(args)
-    args.fsdp, args.fsdp_plugin_args = None, None
+    args.fsdp, args.fsdp_plugin_args, args.parallelism_config = None, None, None
     # One item of the loop is one logical batch, and there are no gradients to clip.
     args.gradient_accumulation_steps = 1
     args.max_grad_norm = 0.0

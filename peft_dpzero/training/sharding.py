@@ -1,7 +1,7 @@
 """Frozen weights split among processes by FSDP2; what is trained stays whole on each of them.
 
 Processes then run every pass together, since each unit of the model, a block mostly, gathers its weights from all of
-them when it is called.
+them, or from those of its group, when it is called.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, is_torch_version
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from peft.tuners.tuners_utils import BaseTuner
@@ -29,12 +30,51 @@ from peft_dpzero.estimation.preferences import DPOTask
 from peft_dpzero.processes import AcceleratedProcesses
 
 
-def sharding_asked(args: Any) -> FullyShardedDataParallelPlugin | None:
+@dataclass(frozen=True)
+class Sharding:
+    """How frozen weights are split.
+
+    Attributes:
+        plugin: Accelerate's description.
+        replicas: into so many groups of as many processes each, that are neighbors by rank. Each group holds the
+            weights once.
+    """
+
+    plugin: FullyShardedDataParallelPlugin
+    replicas: int = 1
+
+
+def sharding_asked(args: Any) -> Sharding | None:
     """What the training arguments, or else `accelerate launch`, ask of FSDP; None if nothing.
 
     Raises:
         DPZeroError: it cannot be had without gradients, or was not tried.
     """
+    plugin, sizes = _plugin_asked(args), _sizes_asked(args)
+    if sizes is None or sizes.total_size == 1:
+        return None if plugin is None else Sharding(plugin)
+    _check_sizes(sizes)
+    if sizes.total_size != args.world_size:
+        raise DPZeroError(
+            f"parallelism_config is of {sizes.total_size} processes, and there are {args.world_size}: it asks for "
+            "dp_replicate_size groups of dp_shard_size processes each."
+        )
+    if (plugin is None) != (sizes.dp_shard_size == 1):
+        raise DPZeroError(
+            "dp_shard_size says among how many processes fsdp shards: give both (fsdp=True, or accelerate launch "
+            "--use_fsdp), or neither."
+        )
+    return None if plugin is None else Sharding(plugin, sizes.dp_replicate_size)
+
+
+def _sizes_asked(args: Any) -> ParallelismConfig | None:
+    asked: ParallelismConfig | None = getattr(args, "parallelism_config", None)
+    if asked is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        return ParallelismConfig()
+    return asked
+
+
+def _plugin_asked(args: Any) -> FullyShardedDataParallelPlugin | None:
     asked = getattr(args, "fsdp_plugin_args", None)
     if getattr(args, "fsdp", None) and asked is None:
         raise DPZeroError("fsdp by XLA cannot be used with DPZero: use FSDP2 (leave xla out of fsdp_config).")
@@ -108,22 +148,26 @@ def check_sharded_run(trainer: Any) -> None:
             raise DPZeroError(f"fsdp cannot be used here: {reason}")
 
 
-def check_parallelism(accelerator: Accelerator) -> None:
-    """Refuses what else Accelerate would split among processes.
-
-    Raises:
-        DPZeroError: names it and the way out.
-    """
-    sizes = accelerator.parallelism_config
-    names = ("dp_replicate_size", "tp_size", "cp_size", "sp_size") if sizes is not None else ()
-    # Accelerate itself counts the processes of plain data parallelism as replicas.
-    whole = sizes is not None and sizes.dp_replicate_size == accelerator.num_processes
-    split = [name for name in names if getattr(sizes, name) > 1 and not (whole and name == "dp_replicate_size")]
+def _check_sizes(sizes: ParallelismConfig, *others: str) -> None:
+    split = [name for name in ("tp_size", "cp_size", "sp_size", *others) if getattr(sizes, name) > 1]
     if split:
         raise DPZeroError(
             f"parallelism_config with {' and '.join(split)} above 1 cannot be used with DPZero: leave it out; "
-            "fsdp=True shards over all processes."
+            "fsdp=True shards weights."
         )
+
+
+def check_accelerator(accelerator: Accelerator) -> None:
+    """Refuses one that would split a model among processes, which is made before the trainer or by it.
+
+    Raises:
+        DPZeroError: names how, and the way out.
+    """
+    sizes = accelerator.parallelism_config
+    if sizes is not None:
+        # Accelerate itself counts the processes of plain data parallelism as replicas.
+        whole = sizes.dp_replicate_size == accelerator.num_processes
+        _check_sizes(sizes, "dp_shard_size", *(() if whole else ("dp_replicate_size",)))
     if accelerator.distributed_type == DistributedType.FSDP:
         raise DPZeroError("An Accelerator of FSDP was made before the trainer: make none, or after it.")
 
@@ -142,7 +186,7 @@ def check_whole(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def shard(model: Any, plugin: FullyShardedDataParallelPlugin, processes: AcceleratedProcesses) -> None:
+def shard(model: Any, sharding: Sharding, processes: AcceleratedProcesses) -> None:
     """Gives each process its part of the frozen weights, and the whole of what is trained: the first one's, as of now.
 
     Units are the modules that the plugin's policy names, embeddings apart if no other unit has their weights, and what
@@ -151,7 +195,7 @@ def shard(model: Any, plugin: FullyShardedDataParallelPlugin, processes: Acceler
 
     Args:
         model: a PEFT model, in memory and of the same shapes everywhere.
-        plugin: from `sharding_asked`.
+        sharding: from `sharding_asked`.
         processes: of the run.
 
     Raises:
@@ -160,16 +204,20 @@ def shard(model: Any, plugin: FullyShardedDataParallelPlugin, processes: Acceler
     _check_same(model, processes)
     device = processes.accelerator.device
     kept = _kept_whole(model)
-    units = _units(model, plugin, kept)
+    units = _units(model, sharding.plugin, kept)
     # In the model's order, which is that of all processes; a set has its own.
     for tensor in (*model.buffers(), *(parameter for parameter in model.parameters() if parameter in kept)):
         _take_first(tensor, device)
-    mesh = init_device_mesh(device.type, (processes.count,))
+    sizes = {"dp_replicate": sharding.replicas, "dp_shard": processes.count // sharding.replicas}
+    if sharding.replicas == 1:
+        del sizes["dp_replicate"]
+    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     for unit in (*units, model):
         for parameter in unit.parameters():
             if parameter not in kept and not isinstance(parameter, DTensor):
                 _take_first(parameter, device)
-        fully_shard(unit, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward, ignored_params=kept)
+        again = sharding.plugin.reshard_after_forward
+        fully_shard(unit, mesh=mesh, reshard_after_forward=again, ignored_params=kept)
     UnitOrder(model, units)
 
 

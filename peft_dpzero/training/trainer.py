@@ -49,7 +49,7 @@ from peft_dpzero.training.reporting import ReportingMixin
 from peft_dpzero.training.run import RunOnDisk
 from peft_dpzero.training.saving import SavingMixin
 from peft_dpzero.training.settling import Given
-from peft_dpzero.training.sharding import check_parallelism, check_sharded_run, check_whole, shard, sharding_asked
+from peft_dpzero.training.sharding import check_accelerator, check_sharded_run, check_whole, shard, sharding_asked
 
 
 class DPZeroTrainerMixin(PreparingMixin, EvaluatingMixin, SavingMixin, ReportingMixin):
@@ -301,9 +301,9 @@ class DPZeroTrainerMixin(PreparingMixin, EvaluatingMixin, SavingMixin, Reporting
     def create_accelerator_and_postprocess(self) -> None:
         """As in the Trainer, but models are never wrapped: nothing is synchronized but the K sums."""
         # Accelerate's FSDP would shard what is trained, too.
-        with patch_environment(ACCELERATE_USE_FSDP="false"):
+        with patch_environment(ACCELERATE_USE_FSDP="false", ACCELERATE_USE_PARALLELISM_CONFIG="false"):
             super().create_accelerator_and_postprocess()
-        check_parallelism(self.accelerator)
+        check_accelerator(self.accelerator)
         self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         if self.model is not None and is_offloaded(self.model):
             self.accelerator.device_placement = False

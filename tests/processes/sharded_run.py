@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import ParallelismConfig, PartialState
 from accelerate.utils import patch_environment
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -42,6 +42,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "by_size": {"fsdp": True, "fsdp_config": {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 500}},
     "masked_lm": SHARDED,
     "bfloat16": SHARDED,
+    "in_two_groups": SHARDED | {"parallelism_config": ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)},
 }
 
 
@@ -89,6 +90,11 @@ def losses_of(trainer: DPZeroTrainer, kind: str) -> list[float]:
     losses = Losses(trainer.model.eval(), trainer.task, dict)
     rows = ({key: torch.tensor([value]) for key, value in row.items()} for row in rows_of(kind))
     return [float(losses(row)) for row in rows]
+
+
+def local_bytes(model: nn.Module) -> int:
+    """Of frozen weights that are sharded, what this rank holds."""
+    return sum(p.to_local().nbytes for p in model.parameters() if isinstance(p, DTensor))
 
 
 class CountingTrainer(DPZeroTrainer):
@@ -209,7 +215,7 @@ def whole(out: Path, rank: int) -> dict[str, Any]:
     report = {
         "raised": raised,
         "misplaced": [n for n, p in trainer.model.named_parameters() if isinstance(p, DTensor) == p.requires_grad],
-        "local": sum(p.to_local().nbytes for p in frozen if isinstance(p, DTensor)),
+        "local": local_bytes(trainer.model),
         "whole": sum(p.nbytes for p in frozen),
         "drawn": trainer.drawn,
         "passes": list(trainer.passes),
@@ -234,16 +240,20 @@ def kinds(out: Path, rank: int) -> dict[str, Any]:
     losses = {kind: losses_of(make_trainer(out / "losses", kind, **how), kind) for kind, how in KINDS.items()}
 
     # Kept whole from the first call on, where reading weights to save them would make one process gather them alone.
-    trainer = make_trainer(out / "kept", seed=rank, **KINDS["kept"])
-    trainer.train()
-    save_file(trained(trainer), out / f"kept-{rank}.safetensors")
+    local = {}
+    for kind in ("kept", "in_two_groups"):
+        trainer = make_trainer(out / kind, seed=rank, **KINDS[kind])
+        local[kind] = local_bytes(trainer.model)
+        trainer.train()
+        trainer.save_model()
+        save_file(trained(trainer), out / f"{kind}-{rank}.safetensors")
 
     # With what is left open measured in lock-step, and a guarantee.
     private = {"target_epsilon": 4.0, "clipping_threshold": None, "smoothing_parameter": None}
     trainer = make_trainer(out / "private", seed=rank, config=private, **SHARDED)
     trainer.train()
     trainer.save_model()
-    return {"losses": losses}
+    return {"losses": losses, "local": local}
 
 
 if __name__ == "__main__":

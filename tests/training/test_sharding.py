@@ -18,7 +18,7 @@ from peft_dpzero.checks.passes import TriedModel
 from peft_dpzero.cli.app import run as command_line
 from peft_dpzero.estimation.losses import Losses
 from peft_dpzero.release.journal import read_journal
-from peft_dpzero.training.sharding import UnitOrder, check_parallelism, sharding_asked
+from peft_dpzero.training.sharding import UnitOrder, check_accelerator, sharding_asked
 from torch import Tensor, nn
 
 import launches
@@ -29,6 +29,11 @@ from tiny import arguments, tiny_model
 
 PROCESSES = 4
 BY_LAUNCHER = ["--use_fsdp", "--fsdp_version=2", "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP"]
+IN_TWO_GROUPS = [
+    "--use_parallelism_config",
+    "--parallelism_config_dp_replicate_size=2",
+    "--parallelism_config_dp_shard_size=2",
+]
 
 
 launch = partial(launches.launch, PROCESSES, script=sharded_run)
@@ -123,8 +128,15 @@ def test_losses_of_other_models_and_units_do_too(kinds: Path, kind: str, tmp_pat
 
 
 @pytest.mark.cluster
-def test_units_that_stay_whole_change_nothing(kinds: Path, single: DPZeroTrainer) -> None:
-    assert all(same(one, sharded_run.trained(single)) for one in Launched(PROCESSES, kinds).tensors("kept"))
+@pytest.mark.parametrize("kind", ["kept", "in_two_groups"])
+def test_units_that_stay_whole_and_replicas_change_nothing(kinds: Path, kind: str, single: DPZeroTrainer) -> None:
+    assert all(same(one, sharded_run.trained(single)) for one in Launched(PROCESSES, kinds).tensors(kind))
+
+
+@pytest.mark.cluster
+def test_each_group_holds_the_weights_once(kinds: Path) -> None:
+    for report in Launched(PROCESSES, kinds).reports():
+        assert report["local"]["in_two_groups"] == pytest.approx(2 * report["local"]["kept"], rel=0.05)
 
 
 def test_evaluation_is_that_of_one_process(reports: list[dict[str, Any]], single: DPZeroTrainer) -> None:
@@ -155,7 +167,7 @@ def test_what_is_left_open_is_measured_in_step(kinds: Path) -> None:
 
 @pytest.mark.cluster
 def test_a_killed_rank_stops_the_others_and_the_run_goes_on(folder: Path, tmp_path: Path) -> None:
-    assert launch(tmp_path, "--kill", how=BY_LAUNCHER).returncode != 0
+    assert launch(tmp_path, "--kill", how=BY_LAUNCHER + IN_TWO_GROUPS).returncode != 0
     assert steps_of(tmp_path / "killed") == list(range(KILLED_IN))
     result = launch(tmp_path, "--resume", how=BY_LAUNCHER)
     assert result.returncode == 0, result.stderr[-6000:]
@@ -211,7 +223,8 @@ def test_sharding_is_asked_by_arguments_or_by_the_launcher(tmp_path: Path, monke
     assert sharding_asked(arguments(tmp_path)) is None
     asked = sharding_asked(arguments(tmp_path, fsdp=True, fsdp_config={"reshard_after_forward": False}))
     assert asked is not None
-    assert not asked.reshard_after_forward
+    assert not asked.plugin.reshard_after_forward
+    assert asked.replicas == 1
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "1")
     with pytest.raises(DPZeroError, match="FSDP1"):
@@ -221,17 +234,53 @@ def test_sharding_is_asked_by_arguments_or_by_the_launcher(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("size", ["tp_size", "cp_size", "dp_replicate_size"])
-def test_other_parallelism_is_refused(size: str) -> None:
+def test_an_accelerator_that_splits_is_refused(size: str) -> None:
     sizes = ParallelismConfig(**{"dp_shard_size": 2, size: 2})
     accelerator: Any = SimpleNamespace(parallelism_config=sizes, num_processes=4, distributed_type="MULTI_CPU")
     with pytest.raises(DPZeroError, match=size):
-        check_parallelism(accelerator)
+        check_accelerator(accelerator)
+
+
+FSDP: dict[str, Any] = {"fsdp_plugin_args": {"fsdp_version": 2}}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "asked", "replicas"),
+    [({"dp_replicate_size": 2, "dp_shard_size": 2}, FSDP, 2), ({"dp_shard_size": 4}, FSDP, 1), ({}, FSDP, 1)],
+)
+def test_groups_of_processes_can_be_asked_for(sizes: dict[str, int], asked: dict[str, Any], replicas: int) -> None:
+    args = SimpleNamespace(world_size=4, parallelism_config=ParallelismConfig(**sizes), **asked)
+    sharding = sharding_asked(args)
+    assert sharding is not None
+    assert sharding.replicas == replicas
+
+
+@pytest.mark.parametrize(
+    ("sizes", "asked", "told"),
+    [
+        ({"dp_shard_size": 2, "tp_size": 2}, FSDP, "tp_size"),
+        ({"dp_shard_size": 2, "sp_size": 2}, {}, "sp_size"),
+        ({"dp_replicate_size": 2, "dp_shard_size": 4}, FSDP, "of 8 processes, and there are 4"),
+        ({"dp_replicate_size": 2}, {}, "of 2 processes, and there are 4"),
+        ({"dp_replicate_size": 2, "dp_shard_size": 2}, {}, "fsdp=True"),
+        ({"dp_replicate_size": 4}, FSDP, "give both"),
+    ],
+)
+def test_other_parallelism_is_refused(sizes: dict[str, int], asked: dict[str, Any], told: str) -> None:
+    args = SimpleNamespace(world_size=4, parallelism_config=ParallelismConfig(**sizes), **asked)
+    with pytest.raises(DPZeroError, match=told):
+        sharding_asked(args)
+
+
+def test_replicas_of_whole_models_are_plain_data_parallelism() -> None:
+    args = SimpleNamespace(world_size=4, parallelism_config=ParallelismConfig(dp_replicate_size=4))
+    assert sharding_asked(args) is None
 
 
 def test_an_accelerator_of_fsdp_is_refused() -> None:
     accelerator: Any = SimpleNamespace(parallelism_config=None, num_processes=4, distributed_type="FSDP")
     with pytest.raises(DPZeroError, match="made before"):
-        check_parallelism(accelerator)
+        check_accelerator(accelerator)
 
 
 class Skipping(nn.Module):
