@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,6 +61,8 @@ class TriedModel:
         expected_rows: float,
         most_rows: int,
         max_tokens: int | None = None,
+        likely: Sequence[int] = (),
+        until: float | None = None,
     ) -> Passes:
         """Tries which rows may share a pass.
 
@@ -70,6 +72,8 @@ class TriedModel:
             expected_rows: rows that this process draws in a step, on average.
             most_rows: rows that go through the model at once at most.
             max_tokens: tokens, padding included, that go through the model at once, but for single rows.
+            likely: tokens of rows that are like the run's, whose lengths are tried first.
+            until: when no further length is tried, by `time.monotonic`.
         """
         losses = self.passes.losses
         shapes = replace(
@@ -81,7 +85,7 @@ class TriedModel:
             together={1: row_counts(most_rows)} if config.rows_asserted_independent else {},
         )
         if self.probe is not None:
-            shapes = self.probe.tried_shapes(perturbation, losses, shapes, config)
+            shapes = self.probe.tried_shapes(perturbation, losses, shapes, config, likely, until)
         return replace(self.passes, shapes=shapes)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -152,12 +154,28 @@ class Probe:
         """A pass over a made-up row of which no loss is read."""
         return partial(Losses(self.model, _Unread(), dict), self.data.batch(self.data.alone(0)))
 
-    def tried_shapes(self, perturbation: Perturbation, losses: Losses, shapes: Shapes, config: SettledConfig) -> Shapes:
+    def tried_shapes(
+        self,
+        perturbation: Perturbation,
+        losses: Losses,
+        shapes: Shapes,
+        config: SettledConfig,
+        likely: Sequence[int] = (),
+        until: float | None = None,
+    ) -> Shapes:
         """`shapes` with the padded lengths, and the numbers of rows, at which rows may share a pass: those at which no
         bit of a row depends on how many other rows there are, what they hold, and where it stands among them.
 
         Each is tried with `losses` on this machine, in the passes that a run with `config` takes; a longer row than was
         tried goes alone. So does each if its own points, stacked, fill a pass as well as other rows would.
+
+        Args:
+            perturbation: over the model.
+            losses: how rows' losses are read.
+            shapes: from `fit_shapes`, with the run's numbers of rows.
+            config: the run's settings.
+            likely: tokens of rows that are like the run's: the lengths that most of them have are tried first.
+            until: when no further length is tried, by `time.monotonic`.
         """
         if shapes.alone or not self.suits(losses.model):
             return shapes
@@ -167,7 +185,12 @@ class Probe:
         if stacks and shapes.expected_rows <= _ROWS_A_POINT * min(len(points), perturbation.most_stacked):
             return shapes
         together = dict(shapes.together)
-        for length in tqdm(shapes.lengths(_LONGEST), desc="Trying shapes", delay=_PATIENCE):
+        common = Counter(shapes.shared_length(tokens) for tokens in likely)
+        lengths = sorted(shapes.lengths(_LONGEST), key=lambda length: -common[length])
+        for number, length in enumerate(tqdm(lengths, desc="Trying shapes", delay=_PATIENCE)):
+            if until is not None and time.monotonic() > until:
+                logger.info("Time for trying shapes is over: rows of %d lengths go alone.", len(lengths) - number)
+                break
             counts = self._alike_counts(perturbation, losses, length, shapes.wanted_counts(length), points)
             if counts and counts[-1] > 1:
                 together[length] = counts

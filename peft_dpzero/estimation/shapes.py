@@ -95,16 +95,17 @@ class Shapes:
 
     def length(self, tokens: int) -> int:
         """The padded length of a row: longer than the row, unless it goes by itself."""
-        padded = self._bucket(tokens)
+        padded = self.shared_length(tokens)
         return tokens if self.exact and max(self.counts(padded)) == 1 else padded
 
     def lengths(self, longest: int) -> list[int]:
         """The padded lengths of rows below `longest` tokens at which several would share a pass."""
         bounds = [bound for bound in (longest, self.limit, self.max_length and self.max_length + 1) if bound]
-        lengths = sorted({self._bucket(tokens) for tokens in range(1, min(bounds))})
+        lengths = sorted({self.shared_length(tokens) for tokens in range(1, min(bounds))})
         return [length for length in lengths if self.wanted_counts(length)[-1] > 1]
 
-    def _bucket(self, tokens: int) -> int:
+    def shared_length(self, tokens: int) -> int:
+        """To what a row is padded that shares a pass."""
         step = max(self.shortest_step, (1 << tokens.bit_length()) // (2 * self.lengths_per_octave))
         padded = step * (tokens // step + 1)
         return padded if self.limit is None else max(tokens, min(padded, self.limit))

@@ -46,7 +46,7 @@ _PARTS = (0.25, 0.5, 0.5, 0.75)
 _SURPRISING = 1.3
 # What steps take besides what was timed, and what is left for saving.
 _RESERVE = 1.1
-# The part of the time in which it is tried which rows may share a pass.
+# The part of the time in which it is tried which rows may share a pass, at most.
 _TRYING = 0.2
 
 
@@ -202,6 +202,8 @@ def find_settings(
         expected_rows=expected,
         most_rows=sizes.most_rows or max(1, round(expected)),
         max_tokens=sizes.max_tokens,
+        likely=[_tokens(row) for row in rows] if source == PUBLIC else (),
+        until=None if sizes.deadline is None else _after(_TRYING, sizes.deadline),
     )
     rate = sizes.learning_rate
     if sizes.deadline is not None and choice is not None:
@@ -261,6 +263,12 @@ def _seconds_a_step(
         difference=config.difference,
     )
     return time.perf_counter() - start
+
+
+def _after(part: float, deadline: float) -> float:
+    """When this part of the time that is left until `deadline` will be over."""
+    now = time.monotonic()
+    return now + part * (deadline - now)
 
 
 def _only(rows: list[Any]) -> dict[str, Any]:

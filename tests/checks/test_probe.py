@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -152,6 +153,29 @@ def test_rows_whose_own_points_fill_a_pass_go_alone() -> None:
         config = explicit(noise_multiplier=1.0, target_delta=1e-5, num_directions=directions)
         tried = probe.tried_shapes(perturbation, probe.losses(perturbation, dict), shapes, config)
         assert (not tried.together) == alone
+
+
+def test_lengths_that_public_rows_have_are_tried_first_and_until_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_module(nn.Sequential())
+    perturbation, probe = Perturbation(model), Probe(model, CPU, infer_task(model))
+    shapes = probe.fit_shapes(perturbation, Shapes(1024, 4))
+    config = explicit(noise_multiplier=1.0, target_delta=1e-5, num_directions=1)
+    losses = probe.losses(perturbation, dict)
+    tried: list[int] = []
+
+    def try_one(perturbation: Any, losses: Any, length: int, counts: Any, points: Any) -> list[int]:
+        tried.append(length)
+        return [1, 2]
+
+    monkeypatch.setattr(probe, "_alike_counts", try_one)
+    found = probe.tried_shapes(perturbation, losses, shapes, config, likely=[30, 17, 30, 18, 19])
+    # 28 to 31 tokens are padded to 32, and 16 to 19 to 20.
+    assert tried[:3] == [20, 32, 4]
+    assert sorted(tried) == sorted(found.together) == shapes.lengths(64)
+    tried.clear()
+    over = probe.tried_shapes(perturbation, losses, shapes, config, until=time.monotonic() - 1)
+    assert not tried
+    assert not over.together
 
 
 def test_few_rows_share_passes_where_each_pass_perturbs_large_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
