@@ -26,8 +26,8 @@ _MOVES = tuple(10.0 ** (power / 2) for power in range(-8, 1))
 # Rows and points of the passes that are timed.
 _TIMED_ROWS = 16
 _FEW_POINTS, _MANY_POINTS = 2, 18
-# And how often.
-_TIMED = 3
+# And how often, unless once takes so many seconds.
+_TIMED, _LONG = 3, 2.0
 # So many times as long as copies of a usual row take those of a step: of many lengths, padded, few of each (measured).
 _UNEVEN = 1.6
 # One-sided slopes may be off by this share of their size: the error they add to an estimate is its square.
@@ -185,7 +185,10 @@ def measure_seconds(losses: Losses, row: MicroBatch, perturbation: Perturbation,
         return time.perf_counter() - start
 
     def a_row(passes: Losses, points: int) -> float:
-        return min(seconds(passes, points) for _ in range(_TIMED)) / _TIMED_ROWS
+        quickest = seconds(passes, points)
+        for _ in range(_TIMED - 1 if quickest < _LONG else 0):
+            quickest = min(quickest, seconds(passes, points))
+        return quickest / _TIMED_ROWS
 
     new = losses.without_kept()
     # The first pass warms up. Of others the quickest was disturbed least.
