@@ -12,7 +12,8 @@ import torch
 from datasets import Dataset
 from peft_dpzero import DPZeroError, DPZeroTrainer, Task, TokenTask, Verbalizer, infer_task
 from peft_dpzero.checks.causes import check_batch_norm
-from peft_dpzero.checks.probe import Probe, _bits, _digest
+from peft_dpzero.checks.probe import Probe
+from peft_dpzero.checks.row_bits import digest, row_bits
 from peft_dpzero.checks.synthetic import ProbeBatch
 from peft_dpzero.estimation import tasks
 from peft_dpzero.estimation.shapes import Shapes
@@ -196,24 +197,24 @@ def test_the_trial_of_shapes_keeps_digests_of_what_modules_put_out() -> None:
     perturbation, probe = Perturbation(model), Probe(model, CPU, infer_task(model))
     losses, rows = probe.losses(perturbation, dict), probe.data.rows_of([7] * 8)
     batch = probe.data.batch(ProbeBatch(rows, 0, 12))
-    ((values, outputs),) = _bits(perturbation, losses, [batch], [range(0, 8, 2)], [(0, 1e-3), (0, -1e-3)])
+    ((values, outputs),) = row_bits(perturbation, losses, [batch], [range(0, 8, 2)], [(0, 1e-3), (0, -1e-3)])
     assert values.shape[1] == 4
     assert len(outputs) > 10
-    assert all(digest.untyped_storage().nbytes() == 8 for digest, _ in outputs.values())
+    assert all(made.untyped_storage().nbytes() == 8 for made, _ in outputs.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.bool])
 def test_digests_tell_any_entrys_last_bit(dtype: torch.dtype) -> None:
     values = torch.arange(200_000).remainder(7).to(dtype).reshape(2, -1)
-    number = _digest(values)
-    assert torch.equal(number, _digest(values.clone()))
+    number = digest(values)
+    assert torch.equal(number, digest(values.clone()))
     generator = torch.Generator().manual_seed(1)
     for place in torch.randint(values.numel(), (20,), generator=generator).tolist():
         other = values.clone()
         other.view(torch.uint8).view(-1)[place * values.element_size()] ^= 1
-        assert not torch.equal(number, _digest(other))
-    assert not torch.equal(number, _digest(values.flip(1)))
-    assert torch.equal(_digest(torch.zeros(3)), _digest(-torch.zeros(3)))
+        assert not torch.equal(number, digest(other))
+    assert not torch.equal(number, digest(values.flip(1)))
+    assert torch.equal(digest(torch.zeros(3)), digest(-torch.zeros(3)))
 
 
 def test_numbers_of_rows_that_round_in_another_way_are_not_used() -> None:
