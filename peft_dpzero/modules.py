@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -23,6 +24,12 @@ def base_layer(layer: Any) -> nn.Module:
 def is_sharded(model: nn.Module) -> bool:
     """Whether frozen weights of `model` are split among processes, which then run as many passes each (FSDP2)."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def is_precise(model: nn.Module) -> bool:
+    """Whether no weights of `model` are in half precision or less."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return dtypes <= {torch.float32, torch.float64}
 
 
 def class_of(module: nn.Module) -> type:

@@ -36,6 +36,7 @@ from peft_dpzero.estimation.shapes import (
 )
 from peft_dpzero.estimation.state import KeptState
 from peft_dpzero.estimation.tasks import FunctionTask, Task, TokenTask
+from peft_dpzero.modules import is_precise
 from peft_dpzero.perturbation.perturbation import Perturbation, Point
 
 logger = logging.getLogger(__name__)
@@ -66,8 +67,7 @@ class Probe:
         self.task = task or Task()
         self.reason = None if asserted else reason_to_separate(model, self.task)
         self.data = SyntheticRows(model, device, task)
-        weights = [p.dtype for p in model.parameters() if p.is_floating_point()]
-        self._precise = all(dtype in (torch.float32, torch.float64) for dtype in weights)
+        self._precise = is_precise(model)
         self._tolerance = 3e-4 if self._precise else 0.1
 
     @staticmethod

@@ -21,6 +21,7 @@ from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.losses import MicroBatch
 from peft_dpzero.estimation.shortcuts.label_logits import OutputHead
 from peft_dpzero.estimation.tasks import LabelPositionTask, Task
+from peft_dpzero.modules import is_precise
 from peft_dpzero.perturbation.basis import MOST_VECTORS, Basis
 
 logger = logging.getLogger(__name__)
@@ -121,8 +122,7 @@ def _reader(model: nn.Module, task: Task, batch: MicroBatch) -> Callable[[MicroB
     def at_labels(batch: MicroBatch) -> Tensor:
         return task.losses_from(head.logits(model, task.inputs(batch)), batch)
 
-    weights = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    rounding = _ROUNDING if weights <= {torch.float32, torch.float64} else _ROUNDING_HALF
+    rounding = _ROUNDING if is_precise(model) else _ROUNDING_HALF
     losses = whole(batch)
     try:
         return at_labels if torch.allclose(at_labels(batch), losses, rtol=rounding) else whole
