@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 Forward = Callable[..., Any]
@@ -24,12 +25,6 @@ def base_layer(layer: Any) -> nn.Module:
 def is_sharded(model: nn.Module) -> bool:
     """Whether frozen weights of `model` are split among processes, which then run as many passes each (FSDP2)."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
-
-
-def is_precise(model: nn.Module) -> bool:
-    """Whether no weights of `model` are in half precision or less."""
-    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    return dtypes <= {torch.float32, torch.float64}
 
 
 def class_of(module: nn.Module) -> type:
@@ -67,3 +62,17 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def is_precise(model: nn.Module, run: Callable[[], object]) -> bool:
+    """Whether nothing is in half precision or less where `run` takes a pass through `model`: neither weights nor what
+    modules put out, as under autocast."""
+    seen = {parameter.dtype for parameter in model.parameters()}
+
+    def note(module: nn.Module, inputs: object, output: object) -> None:
+        seen.update(leaf.dtype for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+
+    with hooked(module.register_forward_hook(note) for module in model.modules()):
+        run()
+    return {dtype for dtype in seen if dtype.is_floating_point} <= {torch.float32, torch.float64}

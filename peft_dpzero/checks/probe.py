@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -67,13 +67,19 @@ class Probe:
         self.task = task or Task()
         self.reason = None if asserted else reason_to_separate(model, self.task)
         self.data = SyntheticRows(model, device, task)
-        self._precise = is_precise(model)
-        self._tolerance = 3e-4 if self._precise else 0.1
 
     @staticmethod
     def suits(model: nn.Module) -> bool:
         """Whether the model reads tokens, so that a probe can be made up."""
         return hasattr(model, "config") and getattr(model, "main_input_name", "input_ids") == "input_ids"
+
+    @cached_property
+    def _precise(self) -> bool:
+        return is_precise(self.model, self.run)
+
+    @property
+    def _tolerance(self) -> float:
+        return 3e-4 if self._precise else 0.1
 
     @property
     def _shown(self) -> ProbeBatch:

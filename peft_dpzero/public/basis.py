@@ -122,9 +122,9 @@ def _reader(model: nn.Module, task: Task, batch: MicroBatch) -> Callable[[MicroB
     def at_labels(batch: MicroBatch) -> Tensor:
         return task.losses_from(head.logits(model, task.inputs(batch)), batch)
 
-    rounding = _ROUNDING if is_precise(model) else _ROUNDING_HALF
     losses = whole(batch)
     try:
+        rounding = _ROUNDING if is_precise(model, lambda: at_labels(batch)) else _ROUNDING_HALF
         return at_labels if torch.allclose(at_labels(batch), losses, rtol=rounding) else whole
     except Exception as error:  # Not every model calls its head.
         logger.info("Logits are made at all positions: %s without.", type(error).__name__)
