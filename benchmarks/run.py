@@ -156,27 +156,17 @@ def scales(bench: Bench) -> dict[str, Any]:
 
 
 def profiles(bench: Bench) -> dict[str, Any]:
-    """Where a step's time goes: the demo's, and one direction of each model's."""
-    from demo import demo_profile
-
-    found: dict[str, Any] = {"demo": demo_profile(1 if bench.quick else 3)}
-    made = {"minilm lora": lambda: minilm("lora", 64, 16), "minilm full": lambda: minilm("full", 64, 16)}
-    for name, make in made.items():
-        workload = make()
-        step, draw = Ours(workload, 1), Batches(workload)
+    """Where a step's time goes."""
+    found: dict[str, Any] = {}
+    numbers = range(1, 2 if bench.quick else 6)
+    for mode, num_directions in (("upper", 64), ("lora", 1), ("full", 1)):
+        workload = minilm(mode, 64, 16)
+        step, draw = Ours(workload, num_directions), Batches(workload)
         step(0, draw(0))
-        numbers = range(1, 2 if bench.quick else 6)
-        found[name] = profiled(lambda step=step, draw=draw, numbers=numbers: [step(n, draw(n)) for n in numbers])
-    for name, profile in found.items():
-        print(f"\n{name}\n{table(profile['shares'])}\n", flush=True)
+        profile = profiled(lambda step=step, draw=draw: [step(number, draw(number)) for number in numbers])
+        print(f"\nminilm {mode}\n{table(profile['shares'])}\n", flush=True)
+        found[f"minilm {mode}"] = profile
     return found
-
-
-def accuracy(bench: Bench) -> dict[str, Any]:
-    """What directions buy on the demo's task."""
-    from demo import accuracies
-
-    return {"runs": accuracies(3 if bench.quick else 100)}
 
 
 SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
@@ -188,7 +178,6 @@ SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "memory": memory,
     "scaling": scales,
     "profile": profiles,
-    "accuracy": accuracy,
 }
 
 

@@ -1,8 +1,8 @@
-"""What stacking points buys on the demo's step (K = 512): seconds a step against how many go through at once.
+"""What stacking points buys above a shared trunk: seconds a step against how many entries may be stacked at once.
 
     python benchmarks/stacking.py [--rounds R]
 
-Needs `make demo` to have run once, for its data. Limits alternate; 0 stacks none.
+MiniLM with LoRA in its upper third, 64 directions, as in the demo. Limits alternate; 0 stacks none.
 """
 
 from __future__ import annotations
@@ -12,27 +12,39 @@ from statistics import median
 
 from peft_dpzero.estimation import losses as passes
 
-from demo import CLIPPING_AT_512, Demo, Watch
+from ours import Batches, Ours
+from timing import alternate, ratios
+from workloads import Row, minilm
 
 LIMITS = (0, 1 << 19, 1 << 20, 1 << 21, 1 << 22, 1 << 23)
-STEPS = 6
+
+
+class Limited:
+    """A step in which at most so many entries are stacked."""
+
+    def __init__(self, step: Ours, limit: int) -> None:
+        self.step = step
+        self.limit = limit
+
+    def prepare(self, number: int, rows: list[Row]) -> None:
+        self.step.prepare(number, rows)
+
+    def __call__(self, number: int, rows: list[Row]) -> None:
+        passes.STACKED_ENTRIES_ABOVE_TRUNK = self.limit
+        self.step(number, rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    demo = Demo()
-    seconds: dict[int, list[float]] = {limit: [] for limit in LIMITS}
-    for _ in range(options.rounds):
-        for limit in LIMITS:
-            passes.STACKED_ENTRIES_ABOVE_TRUNK = limit
-            watch = Watch()
-            demo.run(STEPS, watch, noise_multiplier=1.0, num_directions=512, clipping_threshold=CLIPPING_AT_512)
-            seconds[limit].append(watch.seconds_a_step)
-    for limit, found in seconds.items():
-        ratios = [plain / one for plain, one in zip(seconds[0], found, strict=True)]
-        print(f"entries at once {limit:8d}   {median(found):.2f} s a step   {median(ratios):.2f} × as fast as none")
+    workload = minilm("upper", 64, 16)
+    step = Ours(workload, 64)
+    limited = {f"{limit}": Limited(step, limit) for limit in LIMITS}
+    times = alternate(limited, Batches(workload), options.rounds)
+    for limit, found in times.items():
+        faster = median(ratios(times, "0", limit))
+        print(f"entries at once {limit:>8}   {median(found):.2f} s a step   {faster:.2f} × as fast as none")
 
 
 if __name__ == "__main__":

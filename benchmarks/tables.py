@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 _PROFILED = {
-    "demo": "A head over frozen features, K = 512",
-    "minilm lora": "MiniLM, LoRA",
-    "minilm full": "MiniLM, all",
+    "minilm upper": "MiniLM, LoRA in the upper third, K = 64",
+    "minilm lora": "MiniLM, LoRA, K = 1",
+    "minilm full": "MiniLM, all, K = 1",
 }
 MARKED = "<!-- {0} -->\n(.*?)<!-- end of {0} -->"
 
@@ -25,8 +25,6 @@ def write(results: dict[str, Any], page: Path) -> None:
         made["scaling"] = _scaling(sections["scaling"])
     if "profile" in sections:
         made["profile"] = _profile(sections["profile"])
-    if "accuracy" in sections:
-        made["accuracy"] = _accuracy(sections["accuracy"]["runs"])
     for name, text in made.items():
         insert(page, name, text)
 
@@ -91,11 +89,3 @@ def _profile(found: dict[str, Any]) -> str:
         rows = [(f"`{where}`", f"{share:.1%}") for where, share in found[name]["shares"].items()]
         parts.append(table((title, "share"), rows))
     return "\n\n".join(parts)
-
-
-def _accuracy(runs: Sequence[dict[str, Any]]) -> str:
-    header = ("differences", "K", "passes a step", "held-out accuracy", "seconds of all steps")
-    rows = [
-        (r["difference"], str(r["K"]), str(r["passes"]), f"{r['accuracy']:.1%}", f"{r['seconds']:.1f}") for r in runs
-    ]
-    return table(header, rows)
