@@ -35,7 +35,7 @@ def row_bits(
         rows, count = list(where), len(batch["input_ids"])
         with losses.over_one_micro_batch(batch) as restart:
             own = partial(_own, rows=rows, count=count)
-            with perturbation.at(0, *points[0]), losses.at_one_point(), watched(losses.model, own) as seen:
+            with perturbation.at(0, *points[0]), watched(losses.model, own) as seen:
                 values = losses(batch)[None]
             restart()
             if together > 1 or losses.shortcuts.trunk is not None:

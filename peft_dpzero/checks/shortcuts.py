@@ -20,7 +20,6 @@ from peft_dpzero.estimation.shortcuts.filled_rows import FilledLayers, layers_of
 from peft_dpzero.estimation.shortcuts.kept_trunk import KeptTrunk, find_kept
 from peft_dpzero.estimation.shortcuts.label_logits import OutputHead
 from peft_dpzero.estimation.shortcuts.last_attention import LastAttention, last_attention
-from peft_dpzero.estimation.shortcuts.merged_lora import MergedLora
 from peft_dpzero.estimation.shortcuts.read_positions import NarrowedLayers, find_narrowed, last_modules
 from peft_dpzero.estimation.shortcuts.trunk import SharedTrunk
 from peft_dpzero.estimation.tasks import FunctionTask, Task, TokenTask
@@ -167,8 +166,6 @@ def find_shortcuts(trials: Trials, trunk: SharedTrunk | None, run: Callable[[], 
         found = _with(trials, found, label_logits=head)
         if found.label_logits is None:
             logger.info("Logits are made at all positions: this model's head does more than project.")
-    if (lora := MergedLora(model)).layers and trials.agree(replace(found, merged_lora=MergedLora(model, always=True))):
-        found = replace(found, merged_lora=lora)
     if type(trials.task) is not FunctionTask and reason_to_separate(model, trials.task) is None:
         found = replace(found, read_positions=_narrowed(trials, found, run))
         if layers := layers_of_rows(model, run):

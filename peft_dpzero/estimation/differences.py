@@ -91,7 +91,7 @@ def points_together(losses: Losses, micro_batch: MicroBatch, perturbation: Pertu
 def _at_point(
     losses: Losses, placed: Sequence[MicroBatch], perturbation: Perturbation, step: int, point: Point
 ) -> list[Tensor]:
-    with perturbation.at(step, *point), losses.at_one_point():
+    with perturbation.at(step, *point):
         return [losses(one) for one in placed]
 
 

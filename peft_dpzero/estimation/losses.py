@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,7 +23,6 @@ from peft_dpzero.estimation.shapes import may_have_company
 from peft_dpzero.estimation.shortcuts.filled_rows import FilledLayers
 from peft_dpzero.estimation.shortcuts.kept_trunk import KeptTrunk
 from peft_dpzero.estimation.shortcuts.label_logits import OutputHead
-from peft_dpzero.estimation.shortcuts.merged_lora import MergedLora
 from peft_dpzero.estimation.shortcuts.read_positions import NarrowedLayers
 from peft_dpzero.estimation.shortcuts.stacked_attention import FoldedAttention
 from peft_dpzero.estimation.shortcuts.trunk import SharedTrunk
@@ -53,7 +52,6 @@ class Shortcuts:
         trunk: activations that no direction changes are computed once a micro-batch.
         kept: and at the last place of them once a run for each row.
         label_logits: logits are made at label positions only. For tasks that read nothing else.
-        merged_lora: LoRA layers run as one product.
         read_positions: the last layers run at the positions only that losses read.
         filled_rows: layers over one vector a row run on a multiple of four rows.
         stacked: several points θ + s·z go through the model in one pass, a copy of the activations each from the first
@@ -65,7 +63,6 @@ class Shortcuts:
     trunk: SharedTrunk | None = None
     kept: KeptTrunk | None = None
     label_logits: OutputHead | None = None
-    merged_lora: MergedLora | None = None
     read_positions: NarrowedLayers | None = None
     filled_rows: FilledLayers | None = None
     stacked: bool = False
@@ -106,10 +103,6 @@ class Losses:
         """Losses of one micro-batch on its device, at the model's parameters: (b,) float64, on the CPU."""
         with self._state.kept():
             return self._losses(batch).to("cpu", torch.float64)
-
-    def at_one_point(self) -> AbstractContextManager[None]:
-        """Within the block, in which the parameters stay where they are, passes share what depends on them alone."""
-        return self.shortcuts.merged_lora.merged() if self.shortcuts.merged_lora else nullcontext()
 
     def without_kept(self) -> Losses:
         """The same, and nothing is kept from step to step."""

@@ -1,4 +1,4 @@
-"""LoRA as one product and narrowed layers: the plain losses, and refused where they would not be."""
+"""Narrowed layers: the plain losses, and refused where they would not be."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
 from peft_dpzero import TokenTask, infer_task
 from peft_dpzero.checks import shortcuts as shortcuts_tried
 from peft_dpzero.checks.probe import Probe
 from peft_dpzero.estimation.differences import losses_at
 from peft_dpzero.estimation.losses import Losses, Shortcuts
 from peft_dpzero.estimation.shortcuts.last_attention import LastAttention, last_attention
-from peft_dpzero.estimation.shortcuts.merged_lora import MergedLora
 from peft_dpzero.estimation.shortcuts.places import Places
 from peft_dpzero.estimation.shortcuts.read_positions import NarrowedLayers
 from peft_dpzero.estimation.shortcuts.stacked_attention import FoldedAttention
@@ -24,7 +22,6 @@ from peft_dpzero.estimation.shortcuts.stacked_products import product
 from peft_dpzero.perturbation.perturbation import Perturbation
 from torch import Tensor, nn
 from torch.func import vmap
-from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tiny import LORA_TARGETS, VOCABULARY, tiny_lora, tiny_model
@@ -58,58 +55,6 @@ def rows_of(lengths: list[int], left: bool = False, seed: int = 0) -> dict[str, 
     columns, sizes = torch.arange(width), torch.tensor(lengths)[:, None]
     mask = (columns >= width - sizes if left else columns < sizes).long()
     return {"input_ids": ids * mask, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-
-
-# ---- LoRA as one product ----
-
-
-@pytest.mark.parametrize("changes", [{}, {"target_modules": "all-linear"}, {"use_rslora": True}])
-@pytest.mark.parametrize("kind", LORA_TARGETS)
-def test_merged_lora_gives_the_plain_losses_and_writes_no_weight(kind: str, changes: dict[str, Any]) -> None:
-    model = tiny_lora(kind, **changes).eval()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    one, task = rows_of([7, 3, 5]), infer_task(model)
-    if kind == "classifier":
-        one["labels"] = torch.tensor([0, 1, 1])
-    merged = MergedLora(model, always=True)
-    assert merged.layers
-    plain = at_points(model, task, one)
-    torch.testing.assert_close(at_points(model, task, one, Shortcuts(merged_lora=merged)), plain, rtol=1e-5, atol=1e-6)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any("forward" in vars(module) for module in model.modules())
-
-
-def test_merged_lora_takes_weights_that_are_stored_transposed() -> None:
-    torch.manual_seed(0)
-    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, vocab_size=VOCABULARY)
-    settings = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "init_lora_weights": False}
-    model = get_peft_model(GPT2LMHeadModel(config), LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
-    one, task, merged = rows_of([7, 3, 5]), infer_task(model), MergedLora(model, always=True)
-    assert len(merged.layers) == 6
-    plain = at_points(model, task, one)
-    torch.testing.assert_close(at_points(model, task, one, Shortcuts(merged_lora=merged)), plain, rtol=1e-5, atol=1e-5)
-
-
-def test_adapters_that_are_more_than_a_product_stay_apart() -> None:
-    assert not MergedLora(tiny_lora("causal_lm", use_dora=True)).layers
-    assert not MergedLora(tiny_lora("causal_lm").to(torch.bfloat16)).layers
-    assert not MergedLora(tiny_model("causal_lm")).layers
-    assert MergedLora(tiny_lora("causal_lm").to(torch.float64)).layers
-
-
-def test_the_active_adapters_are_merged_and_a_disabled_one_is_not() -> None:
-    model = tiny_lora("causal_lm").eval()
-    model.add_adapter("second", LoraConfig(r=3, target_modules=LORA_TARGETS["causal_lm"], init_lora_weights=False))
-    one, merged = rows_of([7, 3]), MergedLora(model, always=True)
-    for adapters in (["default"], ["second"], ["default", "second"]):
-        model.base_model.set_adapter(adapters)
-        plain = model(**one).logits
-        with merged.merged():
-            torch.testing.assert_close(model(**one).logits, plain, rtol=1e-5, atol=1e-6)
-    with model.disable_adapter(), merged.merged():
-        disabled = model(**one).logits
-    with model.disable_adapter():
-        assert torch.equal(model(**one).logits, disabled)
 
 
 # ---- The last layers, at what is read ----

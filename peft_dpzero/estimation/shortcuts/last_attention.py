@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peft_dpzero.estimation.shortcuts.filled_rows import filled
-from peft_dpzero.estimation.shortcuts.merged_lora import is_plain, plain_adapters
 from peft_dpzero.estimation.shortcuts.places import Places
 from peft_dpzero.estimation.shortcuts.stacked_products import product
-from peft_dpzero.modules import Forward, hooked, replaced_forwards
+from peft_dpzero.modules import Forward, base_layer, hooked, replaced_forwards
 
 KIND = "sdpa"
 
@@ -86,7 +85,7 @@ def _held_back(layer: LoraLinear, places: Places, held: list[_LowRank]) -> Forwa
     whole = layer.forward
 
     def forward(x: Tensor) -> Tensor:
-        adapters = plain_adapters(layer, x)
+        adapters = _plain_adapters(layer, x)
         held.clear()
         if not adapters or places.of(*x.shape[:2]) is None:
             return torch.as_tensor(whole(x))
@@ -172,7 +171,7 @@ def last_attention(model: nn.Module, run: Callable[[], object]) -> LastAttention
         made.clear()
         return attend(module, query, key, value, *args, **settings)
 
-    layers = [m for m in model.modules() if type(m) is LoraLinear and is_plain(m) and not m.fan_in_fan_out]
+    layers = [module for module in model.modules() if _is_plain(module)]
     with _replaced(note), hooked([layer.register_forward_hook(keep) for layer in layers]):
         run()
     return LastAttention(called[-1], values) if called and called.count(called[-1]) == 1 else None
@@ -191,3 +190,19 @@ def _replaced(function: Forward) -> Iterator[None]:
 
 def _is_view(one: Tensor, whole: Tensor) -> bool:
     return one.numel() == whole.numel() and one.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether a layer is xWᵀ + s·(xAᵀ)Bᵀ, in float32 or wider."""
+    if type(layer) is not LoraLinear or type(base_layer(layer)) is not nn.Linear or layer.fan_in_fan_out:
+        return False
+    wide = layer.weight.dtype in (torch.float32, torch.float64)
+    return wide and not layer.lora_variant and not any(layer.lora_bias.values())
+
+
+def _plain_adapters(layer: LoraLinear, x: Tensor) -> list[str]:
+    """The adapters with which a plain `layer` adds s·(xAᵀ)Bᵀ to xWᵀ now, all in one dtype; none if it does not."""
+    adapters = [name for name in layer.active_adapters if name in layer.lora_A]
+    alike = {layer.lora_A[name].weight.dtype for name in adapters} == {layer.weight.dtype} == {x.dtype}
+    idle = layer.disable_adapters or layer.merged or not alike or torch.is_autocast_enabled(x.device.type)
+    return [] if idle else adapters
