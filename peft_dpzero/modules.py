@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 Forward = Callable[..., Any]
+# A module's name and the number of its call.
+Call = tuple[str, int]
+T = TypeVar("T")
 
 
 def base_layer(layer: Any) -> nn.Module:
@@ -64,15 +66,38 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def watched(model: nn.Module, part: Callable[[Tensor], T]) -> Iterator[dict[Call, T]]:
+    """Collects a `part` of the first tensor of each module call's output under (module's name, number of its call), in
+    the order in which the calls end: a module ends before those that use its output."""
+    seen: dict[Call, T] = {}
+    calls: dict[str, int] = {}
+
+    def note(name: str, output: object) -> None:
+        calls[name] = calls.get(name, 0) + 1
+        if (tensor := _first_tensor(output)) is not None:
+            seen[name, calls[name]] = part(tensor.detach())
+
+    def hook(name: str) -> object:
+        return lambda module, args, output: note(name, output)
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
+    with hooked(handles):
+        yield seen
+
+
 @torch.no_grad()
-def is_precise(model: nn.Module, run: Callable[[], object]) -> bool:
-    """Whether nothing is in half precision or less where `run` takes a pass through `model`: neither weights nor what
-    modules put out, as under autocast."""
-    seen = {parameter.dtype for parameter in model.parameters()}
+def with_precision(model: nn.Module, run: Callable[[], T]) -> tuple[T, bool]:
+    """What `run` returns, which takes a pass through `model`, and whether nothing is in half precision or less there:
+    neither weights nor what modules put out, as under autocast."""
+    with watched(model, lambda output: output.dtype) as seen:
+        made = run()
+    dtypes = {*seen.values(), *(parameter.dtype for parameter in model.parameters())}
+    return made, {dtype for dtype in dtypes if dtype.is_floating_point} <= {torch.float32, torch.float64}
 
-    def note(module: nn.Module, inputs: object, output: object) -> None:
-        seen.update(leaf.dtype for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
-    with hooked(module.register_forward_hook(note) for module in model.modules()):
-        run()
-    return {dtype for dtype in seen if dtype.is_floating_point} <= {torch.float32, torch.float64}
+def _first_tensor(output: object) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    return next((value for value in values if isinstance(value, Tensor)), None)

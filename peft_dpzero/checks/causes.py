@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.modules import hooked
-
-Call = tuple[str, int]
-T = TypeVar("T")
+from peft_dpzero.modules import Call
 
 
 @dataclass(frozen=True)
@@ -116,26 +111,6 @@ def _has_capacity(module: nn.Module) -> bool:
     return any("capacity" in name for name in vars(module))
 
 
-@contextmanager
-def watched(model: nn.Module, part: Callable[[Tensor], T]) -> Iterator[dict[Call, T]]:
-    """Collects a `part` of the first tensor of each module call's output under (module's name, number of its call), in
-    the order in which the calls end: a module ends before those that use its output."""
-    seen: dict[Call, T] = {}
-    calls: dict[str, int] = {}
-
-    def note(name: str, output: object) -> None:
-        calls[name] = calls.get(name, 0) + 1
-        if (tensor := _first_tensor(output)) is not None:
-            seen[name, calls[name]] = part(tensor.detach())
-
-    def hook(name: str) -> object:
-        return lambda module, args, output: note(name, output)
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
-    with hooked(handles):
-        yield seen
-
-
 def first_difference(
     ones: Mapping[Call, Tensor | None], others: Mapping[Call, Tensor | None], tolerance: float
 ) -> str | None:
@@ -148,10 +123,3 @@ def first_difference(
         if not torch.allclose(one, other, rtol=0, atol=tolerance * float(one.abs().max()), equal_nan=True):
             return call[0]
     return None
-
-
-def _first_tensor(output: object) -> Tensor | None:
-    if isinstance(output, Tensor):
-        return output
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    return next((value for value in values if isinstance(value, Tensor)), None)

@@ -9,7 +9,7 @@ from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.modules import is_precise
+from peft_dpzero.modules import with_precision
 from peft_dpzero.perturbation.perturbation import Perturbation
 
 # How far a perturbation moves the parameters, and how far compiled logits may lie from the plain ones, relative to the
@@ -46,8 +46,9 @@ def check_compiled(perturbation: Perturbation, plain: Callable[[], Tensor], comp
     """
     compiled()
     with perturbation.at(0, 0, _SCALE):
-        wanted, found = plain().double(), compiled().double()
-    limit = _TOLERANCES[0 if is_precise(perturbation.model, plain) else 1] * float(wanted.abs().max())
+        found = compiled().double()
+        wanted, precise = with_precision(perturbation.model, lambda: plain().double())
+    limit = _TOLERANCES[0 if precise else 1] * float(wanted.abs().max())
     if not torch.allclose(wanted, found, rtol=0, atol=limit):
         raise DPZeroError(
             "The compiled model gives other logits than the plain one at perturbed parameters: compile without "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
 from peft_dpzero.checks.architectures import ROWWISE_TASKS, positions_of, reason_to_separate
-from peft_dpzero.checks.causes import Dependence, dependence_error, first_difference, told, watched
+from peft_dpzero.checks.causes import Dependence, dependence_error, first_difference, told
 from peft_dpzero.checks.freed import return_freed_memory
 from peft_dpzero.checks.row_bits import RowBits, all_alike, row_bits
 from peft_dpzero.checks.shortcuts import SCALE, Trials, find_shortcuts, find_trunk
@@ -36,7 +36,7 @@ from peft_dpzero.estimation.shapes import (
 )
 from peft_dpzero.estimation.state import KeptState
 from peft_dpzero.estimation.tasks import FunctionTask, Task, TokenTask
-from peft_dpzero.modules import is_precise
+from peft_dpzero.modules import watched, with_precision
 from peft_dpzero.perturbation.perturbation import Perturbation, Point
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Probe:
 
     @cached_property
     def _precise(self) -> bool:
-        return is_precise(self.model, self.run)
+        return with_precision(self.model, self.run)[1]
 
     @property
     def _tolerance(self) -> float:

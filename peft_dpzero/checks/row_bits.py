@@ -8,9 +8,9 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from peft_dpzero.checks.causes import Call, watched
 from peft_dpzero.estimation.differences import losses_at, points_together
 from peft_dpzero.estimation.losses import Losses, MicroBatch
+from peft_dpzero.modules import Call, watched
 from peft_dpzero.perturbation.perturbation import Perturbation, Point
 
 # A row's losses at each of its places (points, places); and of each module call a digest of what it put out for it at

@@ -21,7 +21,7 @@ from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.losses import MicroBatch
 from peft_dpzero.estimation.shortcuts.label_logits import OutputHead
 from peft_dpzero.estimation.tasks import LabelPositionTask, Task
-from peft_dpzero.modules import is_precise
+from peft_dpzero.modules import with_precision
 from peft_dpzero.perturbation.basis import MOST_VECTORS, Basis
 
 logger = logging.getLogger(__name__)
@@ -122,9 +122,9 @@ def _reader(model: nn.Module, task: Task, batch: MicroBatch) -> Callable[[MicroB
     def at_labels(batch: MicroBatch) -> Tensor:
         return task.losses_from(head.logits(model, task.inputs(batch)), batch)
 
-    losses = whole(batch)
+    losses, precise = with_precision(model, lambda: whole(batch))
+    rounding = _ROUNDING if precise else _ROUNDING_HALF
     try:
-        rounding = _ROUNDING if is_precise(model, lambda: at_labels(batch)) else _ROUNDING_HALF
         return at_labels if torch.allclose(at_labels(batch), losses, rtol=rounding) else whole
     except Exception as error:  # Not every model calls its head.
         logger.info("Logits are made at all positions: %s without.", type(error).__name__)

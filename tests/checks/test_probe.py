@@ -18,7 +18,7 @@ from peft_dpzero.checks.synthetic import ProbeBatch
 from peft_dpzero.estimation import tasks
 from peft_dpzero.estimation.shapes import Shapes
 from peft_dpzero.estimation.tasks import FunctionTask
-from peft_dpzero.modules import is_precise
+from peft_dpzero.modules import with_precision
 from peft_dpzero.perturbation.perturbation import Perturbation
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
@@ -374,7 +374,7 @@ def test_half_precision_is_not_taken_for_dependence() -> None:
 def test_autocast_is_half_precision_of_weights_in_float32() -> None:
     model = tiny_model("classifier").eval()
     run = Probe(model, CPU).run
-    assert is_precise(model, run)
+    assert with_precision(model, run)[1]
     with torch.autocast("cpu", torch.bfloat16):
-        assert not is_precise(model, run)
-    assert not is_precise(model.bfloat16(), run)
+        assert not with_precision(model, run)[1]
+    assert not with_precision(model.bfloat16(), run)[1]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
 from peft_dpzero import TokenTask, infer_task
 from peft_dpzero.checks import shortcuts as shortcuts_tried
 from peft_dpzero.checks.probe import Probe
@@ -200,6 +201,41 @@ def test_values_that_are_changed_before_the_attention_are_not_held_back() -> Non
     inner.value = Doubled(inner.value)
     found = last_attention(model, Probe(model, CPU, task=infer_task(model)).run)
     assert found == LastAttention(inner)
+
+
+def test_adapters_that_are_more_than_a_product_are_not_held_back() -> None:
+    def values_of(model: Any) -> Any:
+        found = last_attention(model, Probe(model.eval(), CPU, task=infer_task(model)).run)
+        assert found is not None
+        return found.values
+
+    assert values_of(tiny_lora("classifier", use_dora=True)) is None
+    assert values_of(tiny_lora("classifier").to(torch.bfloat16)) is None
+    assert values_of(tiny_model("classifier")) is None
+    assert values_of(tiny_lora("classifier").to(torch.float64)) is not None
+
+
+def test_values_of_the_active_adapters_are_held_back_and_of_a_disabled_one_are_not() -> None:
+    model = tiny_lora("causal_lm").eval()
+    model.add_adapter("second", LoraConfig(r=3, target_modules=LORA_TARGETS["causal_lm"], init_lora_weights=False))
+    one, task, shortcuts = rows_of([7]), TokenTask(1), chosen(model)
+    one["labels"][:, :4] = -100
+    assert shortcuts.read_positions is not None
+    assert shortcuts.read_positions.attention is not None
+    assert shortcuts.read_positions.attention.values is not None
+
+    def narrowed() -> float:
+        made = Losses(model, task, dict, shortcuts)(one)
+        torch.testing.assert_close(made, Losses(model, task, dict)(one), rtol=1e-5, atol=1e-6)
+        return float(made)
+
+    found = set()
+    for adapters in (["default"], ["second"], ["default", "second"]):
+        model.base_model.set_adapter(adapters)
+        found.add(narrowed())
+    with model.disable_adapter():
+        found.add(narrowed())
+    assert len(found) == 4
 
 
 @pytest.mark.parametrize("kind", ["classifier", "causal_lm"])

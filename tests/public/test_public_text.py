@@ -111,8 +111,7 @@ def test_a_language_models_logits_are_made_at_labels_alone_if_its_head_only_proj
     basis = find_basis(model, TokenTask(1), rows, default_data_collator, dict, size=3)
     handle.remove()
     labels, positions, sums = 4 * 2, 4 * 8, 12
-    precision = labels
-    assert sum(made_logits) == positions + precision + labels + sums * (positions if scaled else labels)
+    assert sum(made_logits) == labels + positions + sums * (positions if scaled else labels)
     with monkeypatch.context() as patched:
         patched.setattr(OutputHead, "of", lambda model: None)
         plain = find_basis(model, TokenTask(1), rows, default_data_collator, dict, size=3)
