@@ -193,11 +193,12 @@ def measure_seconds(losses: Losses, row: MicroBatch, perturbation: Perturbation,
     new = losses.without_kept()
     # The first pass warms up. Of others the quickest was disturbed least.
     seconds(new, _FEW_POINTS)
-    few, many = a_row(new, _FEW_POINTS), a_row(new, _MANY_POINTS)
-    point = max(many - few, 1e-6 / _TIMED_ROWS) / (_MANY_POINTS - _FEW_POINTS)
-    kept = few
+    first = few = a_row(new, _FEW_POINTS)
     if losses.shortcuts.kept is not None:
         losses.prepare([batch])
-        kept = min(few, a_row(losses, _FEW_POINTS))
-    first, again = (_UNEVEN * max(made - _FEW_POINTS * point, 0.0) for made in (few, kept))
-    return Seconds(first, again, _UNEVEN * point)
+        few = a_row(losses, _FEW_POINTS)
+    # What is kept of rows leaves less beside the points, whose difference would drown in the rest's unsteadiness.
+    many = a_row(losses, _MANY_POINTS)
+    point = max(many - few, 1e-6 / _TIMED_ROWS) / (_MANY_POINTS - _FEW_POINTS)
+    row, again = (_UNEVEN * max(made - _FEW_POINTS * point, 0.0) for made in (first, min(first, few)))
+    return Seconds(row, again, _UNEVEN * point)

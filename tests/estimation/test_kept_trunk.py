@@ -212,6 +212,16 @@ def test_what_a_row_costs_when_it_was_drawn_before_is_measured(monkeypatch: pyte
     assert seconds.again == 0
 
 
+def test_unsteady_lower_layers_leave_what_a_point_costs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = upper("classifier")
+    losses, seen = losses_of(model), counted(lower_layer(model))
+    # Each of their passes takes longer than the one before.
+    monkeypatch.setattr(scales.time, "perf_counter", lambda: float(seen["rows"] ** 2))
+    seconds = measure_seconds(losses, batch_of("classifier", token_rows(1, 5, 0)), Perturbation(model), 1e-2)
+    assert seconds.row > 1
+    assert seconds.point < 1e-6
+
+
 @pytest.mark.parametrize(("first", "later"), [(3.0, 1.0), (2.0, 2.0)])
 def test_as_many_steps_are_planned_as_the_time_allows(first: float, later: float) -> None:
     pace = Pace(first, later, 0.05)
