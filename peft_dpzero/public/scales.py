@@ -25,7 +25,7 @@ _DIRECTIONS = 4
 _MOVES = tuple(10.0 ** (power / 2) for power in range(-8, 1))
 # Rows and points of the passes that are timed.
 _TIMED_ROWS = 16
-_FEW_POINTS, _MANY_POINTS = 2, 18
+_FEW_POINTS, _MOST_POINTS = 2, 128
 # And how often, unless once takes so many seconds.
 _TIMED, _LONG = 3, 2.0
 # So many times as long as copies of a usual row take those of a step: of many lengths, padded, few of each (measured).
@@ -197,8 +197,11 @@ def measure_seconds(losses: Losses, row: MicroBatch, perturbation: Perturbation,
     if losses.shortcuts.kept is not None:
         losses.prepare([batch])
         few = a_row(losses, _FEW_POINTS)
-    # What is kept of rows leaves less beside the points, whose difference would drown in the rest's unsteadiness.
-    many = a_row(losses, _MANY_POINTS)
-    point = max(many - few, 1e-6 / _TIMED_ROWS) / (_MANY_POINTS - _FEW_POINTS)
+    # A small difference would drown in what is unsteady: so many points that they take as long as all else.
+    many, points = a_row(losses, 4 * _FEW_POINTS), 4 * _FEW_POINTS
+    while many < 2 * few and points < _MOST_POINTS:
+        points *= 4
+        many = a_row(losses, points)
+    point = max(many - few, 1e-6 / _TIMED_ROWS) / (points - _FEW_POINTS)
     row, again = (_UNEVEN * max(made - _FEW_POINTS * point, 0.0) for made in (first, min(first, few)))
     return Seconds(row, again, _UNEVEN * point)

@@ -234,16 +234,16 @@ def _measured_pace(
     count: int,
     choice: Choice,
 ) -> Pace:
-    """Of steps with `count` rows."""
-    cold = replace(passes, losses=passes.losses.without_kept())
-    first = _seconds_a_step(cold, perturbation, config, rows, count)
-    if choice.steps >= ENOUGH_STEPS or first > _SURPRISING * choice.pace.first:
-        first = min(first, _seconds_a_step(cold, perturbation, config, rows, count))
-    later = first
-    if passes.losses.shortcuts.kept is not None:
-        _seconds_a_step(passes, perturbation, config, rows, count)
-        later = min(first, _seconds_a_step(passes, perturbation, config, rows, count))
-    return replace(choice.pace, first=first, later=later)
+    """Of steps with `count` rows, of which the first keeps what later ones read."""
+
+    def seconds() -> float:
+        return _seconds_a_step(passes, perturbation, config, rows, count)
+
+    keeps = passes.losses.shortcuts.kept is not None
+    first = seconds()
+    as_planned = choice.steps < ENOUGH_STEPS and first <= _SURPRISING * choice.pace.first
+    later = first if as_planned and not keeps else min(first, seconds())
+    return replace(choice.pace, first=first if keeps else later, later=later)
 
 
 def _seconds_a_step(
