@@ -203,5 +203,5 @@ def measure_seconds(losses: Losses, row: MicroBatch, perturbation: Perturbation,
         points *= 4
         many = a_row(losses, points)
     point = max(many - few, 1e-6 / _TIMED_ROWS) / (points - _FEW_POINTS)
-    row, again = (_UNEVEN * max(made - _FEW_POINTS * point, 0.0) for made in (first, min(first, few)))
-    return Seconds(row, again, _UNEVEN * point)
+    fresh, again = (_UNEVEN * max(made - _FEW_POINTS * point, 0.0) for made in (first, min(first, few)))
+    return Seconds(fresh, again, _UNEVEN * point)
