@@ -198,8 +198,8 @@ def measure_seconds(losses: Losses, row: MicroBatch, perturbation: Perturbation,
         losses.prepare([batch])
         few = a_row(losses, _FEW_POINTS)
     # A small difference would drown in what is unsteady: so many points that they take as long as all else.
-    many, points = a_row(losses, 4 * _FEW_POINTS), 4 * _FEW_POINTS
-    while many < 2 * few and points < _MOST_POINTS:
+    many, points = few, _FEW_POINTS
+    while many <= 2 * few and points < _MOST_POINTS:
         points *= 4
         many = a_row(losses, points)
     point = max(many - few, 1e-6 / _TIMED_ROWS) / (points - _FEW_POINTS)

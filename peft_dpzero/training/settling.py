@@ -41,8 +41,8 @@ _READ = 32
 # Of made-up rows: the longest, unless `max_length` is less, and the parts of it that they have.
 _LONGEST = 64
 _PARTS = (0.25, 0.5, 0.5, 0.75)
-# A step is timed twice, as the first warms up, unless there are so few that each counts and it took no longer than this
-# many times what was planned: something else may have run.
+# A step is timed twice, as the first warms up, unless nothing is kept of rows, there are so few steps that each counts
+# and it took no longer than this many times what was planned: something else may have run.
 _SURPRISING = 1.3
 # What steps take besides what was timed, and what is left for saving.
 _RESERVE = 1.1
@@ -241,8 +241,8 @@ def _measured_pace(
 
     keeps = passes.losses.shortcuts.kept is not None
     first = seconds()
-    as_planned = choice.steps < ENOUGH_STEPS and first <= _SURPRISING * choice.pace.first
-    later = first if as_planned and not keeps else min(first, seconds())
+    once = not keeps and choice.steps < ENOUGH_STEPS and first <= _SURPRISING * choice.pace.first
+    later = first if once else min(first, seconds())
     return replace(choice.pace, first=first if keeps else later, later=later)
 
 
