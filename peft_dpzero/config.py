@@ -25,6 +25,7 @@ MOST_DIRECTIONS = 4096
 DEFAULT_DIRECTIONS = 16
 DEFAULT_DIFFERENCE = "central"
 DEFAULT_DISTRIBUTION, DISTRIBUTION_IN_BASIS = "gaussian", "orthogonal"
+DEFAULT_BASIS_SIZE = 64
 TRAIN_LOSSES = ("withheld", "private", "nonprivate")
 
 
@@ -127,10 +128,11 @@ class DPZeroConfig:
             "right angles). None takes 'orthogonal' with public_text, else 'gaussian'."
         ),
     )
-    basis_size: int = field(
-        default=64,
+    basis_size: int | None = field(
+        default=None,
         metadata=_help(
-            "With public_text: in how many coordinates directions lie, those in which it moves outputs most."
+            "With public_text: in how many coordinates directions lie, those in which it moves outputs most. None "
+            "takes 64, or with `minutes` up to 256, as these afford."
         ),
     )
     direction_seed: int = field(
@@ -180,7 +182,8 @@ class DPZeroConfig:
         if self.num_directions is not None:
             self._check_integer("num_directions", low=1, high=MOST_DIRECTIONS)
         self._check_integer("max_examples_per_unit", low=1, high=2**31)
-        self._check_integer("basis_size", low=1, high=2048)
+        if self.basis_size is not None:
+            self._check_integer("basis_size", low=1, high=2048)
         self._check_integer("direction_seed", low=0, high=2**63 - 1)
         if self.max_length is not None:
             self._check_integer("max_length", low=1, high=2**31)
@@ -224,8 +227,8 @@ class DPZeroConfig:
         """Returns these settings with what is None filled in.
 
         Args:
-            measured: `clipping_threshold`, `smoothing_parameter`, `difference` and `num_directions`, for fields that
-                are None.
+            measured: `clipping_threshold`, `smoothing_parameter`, `difference`, `num_directions` and `basis_size`, for
+                fields that are None.
 
         Raises:
             ValueError: the threshold or λ is neither given nor measured.
@@ -237,6 +240,7 @@ class DPZeroConfig:
         values["num_directions"] = self.known_directions or values["num_directions"] or DEFAULT_DIRECTIONS
         values["difference"] = values["difference"] or DEFAULT_DIFFERENCE
         values["direction_distribution"] = values["direction_distribution"] or DEFAULT_DISTRIBUTION
+        values["basis_size"] = values["basis_size"] or DEFAULT_BASIS_SIZE
         for name in ("clipping_threshold", "smoothing_parameter"):
             if values[name] is None:
                 raise ValueError(f"{name} is not known before training has measured it: give it, or train first.")
@@ -326,6 +330,7 @@ class SettledConfig(DPZeroConfig):
     smoothing_parameter: float = 1e-3
     difference: str = DEFAULT_DIFFERENCE
     direction_distribution: str = DEFAULT_DISTRIBUTION
+    basis_size: int = DEFAULT_BASIS_SIZE
 
 
 def _is_number(value: object) -> bool:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from peft_dpzero import DPZeroConfig
-
 DELTA = 1e-5
 
 
@@ -43,7 +41,7 @@ class Size:
         held_out: rows that accuracy is measured on.
         public: public texts.
         start_steps: steps of learning from label words and public text.
-        basis: vectors of the public basis.
+        basis: vectors of the public basis; None leaves them to `peft_dpzero`.
         batch: rows a step at most, for methods that name their batch.
         move: λ of our methods; None measures it, which takes a while.
     """
@@ -52,7 +50,7 @@ class Size:
     held_out: int = 1000
     public: int = 4000
     start_steps: int = 150
-    basis: int = DPZeroConfig.basis_size
+    basis: int | None = None
     batch: int = 1_000_000
     move: float | None = None
 

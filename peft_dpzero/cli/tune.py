@@ -78,6 +78,7 @@ def measured_table(measured: Measured, config: DPZeroConfig) -> Table:
         "steps T": steps,
         "logical batch B": choice.expected_batch_size,
         "num_directions K": directions,
+        "coordinates that they lie in": choice.entries,
         "clipping_threshold C, adaptive from": settings.clipping_threshold or config.clipping_threshold,
         "smoothing_parameter λ": f"{settings.smoothing_parameter or config.smoothing_parameter:.2g}",
         "learning_rate, of AdamW": settings.learning_rate or "yours",
@@ -92,7 +93,7 @@ def _filled(path: Path, measured: Measured) -> dict[str, Any]:
     sections: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     chosen = dataclasses.asdict(measured.settings)
     sections["dpzero"].pop("minutes", None)
-    for key in ("clipping_threshold", "smoothing_parameter", "difference", "num_directions"):
+    for key in ("clipping_threshold", "smoothing_parameter", "difference", "num_directions", "basis_size"):
         if chosen[key] is not None:
             sections["dpzero"][key] = chosen[key]
     if chosen["clipping_threshold"] is not None:

@@ -53,6 +53,10 @@ class Basis:
         """r."""
         return self.vectors.shape[0]
 
+    def first(self, size: int) -> Basis:
+        """The basis of the first `size` vectors alone."""
+        return Basis(self.vectors[:size].clone(), self.names)
+
     @torch.no_grad()
     def combined(self, weights: Tensor) -> Tensor:
         """Σ_i w_i v_i for each row of `weights` (P, r): (P, d) float32. What is below 2⁻²⁶ of the largest is lost."""

@@ -83,6 +83,7 @@ class Perturbation:
             if parameter.is_meta:
                 raise DPZeroError(f"Parameter {name} is offloaded (meta device): keep what is trained in memory.")
         self.basis = basis
+        self._seed, self._distribution = seed, distribution
         named = self.parameters.items()
         self.directions: Directions | BasisDirections = (
             Directions(named, seed, distribution)
@@ -95,6 +96,11 @@ class Perturbation:
         self._spare: dict[str, Tensor] = {}
         self._kept_step = -1
         self._kept: dict[tuple[int, torch.device], Tensor] = {}
+
+    def narrowed(self, size: int) -> Perturbation:
+        """The same in the first `size` vectors of the basis alone."""
+        assert self.basis is not None
+        return Perturbation(self.model, self._seed, self._distribution, self.streamed, self.basis.first(size))
 
     def z(self, step: int, direction: int, name: str) -> Tensor:
         """z of one parameter, on the parameter's device: float32, the parameter's shape."""

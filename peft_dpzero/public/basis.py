@@ -1,8 +1,8 @@
 """A basis for directions from public text: where the model's own outputs are sensitive to what is trained.
 
 The gradient of a row's loss, whoever's it is, lies mostly in the span of the gradients of the model's outputs on other
-text of its kind. The top eigenvectors of those, from some hundred public texts, hold most of a private gradient in a
-few dozen coordinates; as many random ones would hold next to nothing. Backward passes touch public text only.
+text of its kind. The top eigenvectors of those, from some hundred public texts, hold most of a private gradient in some
+dozen coordinates; as many random ones would hold next to nothing. Backward passes touch public text only.
 (Public subspaces for DP-SGD: arXiv 2007.03813; with forward passes, PAZO: arXiv 2511.10859.)
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,12 +26,11 @@ from peft_dpzero.perturbation.basis import MOST_VECTORS, Basis
 
 logger = logging.getLogger(__name__)
 
-# Random sums of gradients for each vector of the basis, and texts in each.
-_SUMS_A_VECTOR = 4
-_TEXTS_A_SUM = 4
-# Entries of all sums together: 2 GiB of float32.
+# Texts for each vector of the basis.
+_TEXTS_A_VECTOR = 4
+# Entries of all gradients together: 2 GiB of float32.
 _MOST_ENTRIES = 1 << 29
-# So many entries of each sum are widened at once.
+# So many entries of each gradient are widened at once.
 _COLUMNS = 1 << 12
 # Directions with a smaller share of the largest one's energy are rounding.
 _SMALLEST_SHARE = 1e-9
@@ -54,8 +53,9 @@ def find_basis(
     size: int,
     seed: int = 0,
     until: float | None = None,
+    fewest: int | None = None,
 ) -> Basis:
-    """The top eigenvectors of the gradients of random ± sums of public rows' losses.
+    """The top eigenvectors of the gradients of public rows' losses.
 
     It leaves out trainable parameters that no loss moves at first (LoRA's A while B is 0): they stay as they are.
 
@@ -63,11 +63,12 @@ def find_basis(
         model: as training starts.
         task: how losses are read.
         rows: public rows with labels (`public_rows`), which may be made up.
-        collate: makes a micro-batch of rows.
+        collate: makes a micro-batch of a row.
         place: moves it to the model's device.
         size: r; fewer vectors come back if the gradients span fewer.
-        seed: of the signs and the order.
-        until: when there are enough sums, by `time.monotonic`, if there are as many as vectors.
+        seed: of the order.
+        until: when there are enough gradients, by `time.monotonic`, if there are `fewest`.
+        fewest: vectors that do where memory or time are short; by default `size`.
 
     Raises:
         DPZeroError: no parameter moves the losses, or there are too many for a basis of this size.
@@ -75,32 +76,29 @@ def find_basis(
     if not 1 <= size <= MOST_VECTORS:
         raise DPZeroError(f"basis_size must lie between 1 and {MOST_VECTORS}, got {size}.")
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    sums = _SUMS_A_VECTOR * size
-    entries = sum(p.numel() for p in parameters.values())
-    if sums * entries > _MOST_ENTRIES:
+    entries, fewest = sum(p.numel() for p in parameters.values()), fewest or size
+    size = min(size, _MOST_ENTRIES // (_TEXTS_A_VECTOR * entries))
+    if size < fewest:
         raise DPZeroError(
-            f"A basis of {size} vectors over {entries:,} trainable parameters takes too much memory: lower basis_size, "
-            "or train fewer parameters (a smaller LoRA rank, fewer layers)."
+            f"A basis of {fewest} vectors over {entries:,} trainable parameters takes too much memory: lower "
+            "basis_size, or train fewer parameters (a smaller LoRA rank, fewer layers)."
         )
-    generator = torch.Generator().manual_seed(seed)
-    gradients: dict[str, Tensor] = {}  # of those that are not always 0: [sums, d_i]
-    batches = _batches(rows, collate, sums, generator)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: _TEXTS_A_VECTOR * size].tolist()
+    gradients: dict[str, Tensor] = {}  # of those that are not always 0: [texts, d_i]
     model.eval()
     read: Callable[[MicroBatch], Tensor] | None = None
-    for number, batch in enumerate(tqdm(batches, total=sums, desc="Public gradients", delay=_PATIENCE)):
-        if until is not None and number >= size and time.monotonic() > until:
-            logger.info("Time for the basis is over after %d of %d sums.", number, sums)
+    for number, chosen in enumerate(tqdm(order, desc="Public gradients", delay=_PATIENCE)):
+        if until is not None and number >= fewest and time.monotonic() > until:
+            logger.info("Time for the basis is over after %d of %d texts.", number, len(order))
             break
-        batch = place(batch)
-        read = read or _reader(model, task, batch)
+        row = place(collate([dict(rows[chosen])]))
+        read = read or _reader(model, task, row)
         with torch.enable_grad():
-            losses = read(batch)
-            signs = torch.randint(0, 2, losses.shape, generator=generator).to(losses) * 2 - 1
-            made = torch.autograd.grad((losses * signs).sum(), list(parameters.values()), allow_unused=True)
+            made = torch.autograd.grad(read(row).sum(), list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, made, strict=True):
             if gradient is not None and (name in gradients or bool(gradient.any())):
                 if name not in gradients:
-                    gradients[name] = torch.zeros(sums, gradient.numel())
+                    gradients[name] = torch.zeros(len(order), gradient.numel())
                 gradients[name][number] = gradient.flatten()
     moved = [name for name in parameters if name in gradients]
     if not moved:
@@ -146,18 +144,3 @@ def _top_vectors(parts: Sequence[Tensor], size: int) -> Tensor:
     lengths = (shares / shares[-1]) ** _STRETCH  # the longest 1
     scaled = (left[:, :kept] * lengths / energies[:kept].sqrt()).float().T  # [r, m]
     return torch.cat([scaled @ part for part in parts], dim=1)
-
-
-def _batches(
-    rows: Sequence[Mapping[str, Any]],
-    collate: Callable[[list[Any]], Mapping[str, Any]],
-    count: int,
-    generator: torch.Generator,
-) -> Iterator[MicroBatch]:
-    """`count` micro-batches of rows of like length, all rows before any comes again."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].get("input_ids", ())))
-    groups = [order[i : i + _TEXTS_A_SUM] for i in range(0, len(order), _TEXTS_A_SUM)]
-    shuffled: list[int] = []
-    for _ in range(count):
-        shuffled = shuffled or torch.randperm(len(groups), generator=generator).tolist()
-        yield collate([dict(rows[i]) for i in groups[shuffled.pop()]])

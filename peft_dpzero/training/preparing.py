@@ -13,7 +13,7 @@ from peft_dpzero.checks.compiled import check_compiled
 from peft_dpzero.checks.data import check_public
 from peft_dpzero.checks.passes import Passes, TriedModel, try_model
 from peft_dpzero.checks.probe import Probe
-from peft_dpzero.config import DPZeroConfig
+from peft_dpzero.config import DEFAULT_BASIS_SIZE, DPZeroConfig
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.losses import Losses, MicroBatch, Shortcuts
 from peft_dpzero.estimation.tasks import Task
@@ -22,7 +22,7 @@ from peft_dpzero.perturbation.basis import Basis
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.public.basis import find_basis
 from peft_dpzero.public.rows import public_rows
-from peft_dpzero.public.settings import Settings
+from peft_dpzero.public.settings import BASIS_SIZES, Settings
 from peft_dpzero.training.run import RunOnDisk
 from peft_dpzero.training.settling import (
     MOST_PUBLIC,
@@ -67,7 +67,8 @@ class PreparingMixin(_Host):  # type: ignore[misc]
             deadline: when training should be over, by `time.monotonic`, if time decides its sizes.
         """
         run = self.run
-        run.take_basis(None if self.public_text is None else self._found_basis)
+        minutes = self.dpzero_config.minutes
+        run.take_basis(None if self.public_text is None else lambda: self._found_basis(minutes))
         if not self._compiles:
             self.accelerator.prepare_model(self.model.eval())
         perturbation = run.perturbation(self.model)
@@ -82,6 +83,7 @@ class PreparingMixin(_Host):  # type: ignore[misc]
         run.take_settings(settings, in_step=is_sharded(self.model))
         if run.chosen is not None:
             self._follow(run.chosen)
+            perturbation = run.perturbation(self.model)
         # What was measured on one process may be no other's.
         self._passes = found[0] if found and run.processes.count == 1 else self._passes_of(tried, perturbation)
 
@@ -101,9 +103,9 @@ class PreparingMixin(_Host):  # type: ignore[misc]
         check_public(public_dataset, self.train_dataset)
         if not self._compiles:
             self.accelerator.prepare_model(self.model.eval())
-        run = self.run
+        run, minutes = self.run, self.dpzero_config.minutes or minutes
         if run.basis is None and self.public_text is not None:
-            run.lie_in(self._found_basis())
+            run.lie_in(self._found_basis(minutes))
         perturbation = run.perturbation(self.model)
         tried = self._tried(perturbation)
         if public_dataset is None:
@@ -112,7 +114,7 @@ class PreparingMixin(_Host):  # type: ignore[misc]
             collate = self._public_collator()
             given = [public_dataset[i] for i in range(min(len(public_dataset), MOST_PUBLIC))]
             rows = public_batches(given, collate, tried), PUBLIC
-        deadline = time.monotonic() + 60 * (self.dpzero_config.minutes or minutes)
+        deadline = time.monotonic() + 60 * minutes
         return self._measured(tried, perturbation, rows, deadline)
 
     def _tried(self, perturbation: Perturbation) -> TriedModel:
@@ -185,17 +187,19 @@ class PreparingMixin(_Host):  # type: ignore[misc]
         public = [] if self.public_text is None else public_batches(self._public_rows(), self._public_collator(), tried)
         return rows_to_measure(tried, public)
 
-    def _found_basis(self) -> Basis:
+    def _found_basis(self, minutes: float | None) -> Basis:
         model = self.accelerator.unwrap_model(self.model)
-        size, minutes = self.dpzero_config.basis_size, self.dpzero_config.minutes
+        given = self.dpzero_config.basis_size
+        most = DEFAULT_BASIS_SIZE if minutes is None else max(BASIS_SIZES)
         return find_basis(
             model,
             self.task,
             self._public_rows(),
             self._public_collator(),
             self._prepare_inputs,
-            size,
+            given or most,
             until=None if minutes is None else time.monotonic() + _FOR_BASIS * 60 * minutes,
+            fewest=given or DEFAULT_BASIS_SIZE,
         )
 
     @property

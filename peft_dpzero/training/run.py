@@ -314,6 +314,8 @@ class RunOnDisk:
             self.config = chosen.settled(self.config)
             self.expected_batch_size = chosen.expected_batch_size or self.expected_batch_size
             self.steps = chosen.steps or self.steps
+            if chosen.basis_size is not None and self.basis is not None:
+                self.basis = self.basis.first(chosen.basis_size)
 
     def _plan_for(self) -> PrivacyPlan:
         sizes = (self.num_units, self.expected_batch_size, self.steps)

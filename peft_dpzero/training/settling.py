@@ -23,6 +23,7 @@ from peft_dpzero.estimation.shapes import Shapes, as_row
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.public.scales import Pace, Slopes, find_slopes, measure_seconds
 from peft_dpzero.public.settings import (
+    BASIS_SIZES,
     ENOUGH_STEPS,
     FEWEST_STEPS,
     Choice,
@@ -181,18 +182,23 @@ def find_settings(
             config.replace(difference=slopes.difference),
             seconds,
             num_units=sizes.num_units,
-            entries=perturbation.num_coordinates,
+            entries=_coordinates(config, perturbation),
             budget=(1 - _TRYING) * (sizes.deadline - time.monotonic()) / _RESERVE,
             processes=sizes.processes,
             batch=batch,
             steps=steps,
         )
         batch, directions = choice.expected_batch_size, choice.num_directions
+        if choice.entries < perturbation.num_coordinates:
+            perturbation = perturbation.narrowed(choice.entries)
+            slopes = find_slopes(losses, rows[:_READ], perturbation, config.replace(difference=slopes.difference))
+    basis_size = None if choice is None or perturbation.basis is None else choice.entries
     settled = config.settled(
         clipping_threshold=clipping_threshold(slopes, directions or DEFAULT_DIRECTIONS),
         smoothing_parameter=slopes.smoothing_parameter,
         difference=slopes.difference,
         num_directions=directions,
+        basis_size=basis_size,
     )
     assert batch is not None, "it is the user's unless time decides"
     expected = batch / sizes.processes * sizes.rows_a_unit
@@ -222,8 +228,17 @@ def find_settings(
         batch if sizes.batch is None else None,
         steps if sizes.steps is None else None,
         rate if sizes.learning_rate is None else None,
+        basis_size if config.basis_size is None else None,
     )
     return Measured(chosen, passes, slopes, choice, once)
+
+
+def _coordinates(config: DPZeroConfig, perturbation: Perturbation) -> Sequence[int]:
+    """In how many coordinates directions may lie: in some of a basis's, if the user does not say."""
+    found = perturbation.num_coordinates
+    if perturbation.basis is None or config.basis_size is not None:
+        return (found,)
+    return (*(size for size in BASIS_SIZES if size < found), found)
 
 
 def _measured_pace(

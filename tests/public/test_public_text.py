@@ -16,6 +16,7 @@ from peft_dpzero.estimation.shortcuts.label_logits import OutputHead
 from peft_dpzero.public.basis import find_basis
 from peft_dpzero.public.rows import public_rows
 from peft_dpzero.release.start import BASIS_NAME
+from peft_dpzero.training import settling
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -71,7 +72,7 @@ def test_vectors_are_longer_where_outputs_are_less_sensitive() -> None:
     assert strong == pytest.approx(0.1, rel=0.1)
 
 
-def test_when_time_is_over_it_is_made_of_as_many_sums_as_vectors() -> None:
+def test_when_time_is_over_it_is_made_of_as_many_texts_as_vectors() -> None:
     rows = [{"x": x, "labels": 0} for x in torch.randn(60, 12, generator=torch.Generator().manual_seed(0))]
     read: list[int] = []
 
@@ -79,7 +80,7 @@ def test_when_time_is_over_it_is_made_of_as_many_sums_as_vectors() -> None:
         read.append(len(some))
         return default_data_collator(some)
 
-    basis = find_basis(Linear(), ClassificationTask(), rows, collate, dict, size=3, until=time.monotonic())
+    basis = find_basis(Linear(), ClassificationTask(), rows, collate, dict, size=6, until=time.monotonic(), fewest=3)
     assert basis.size == 3
     assert len(read) <= 4
     find_basis(Linear(), ClassificationTask(), rows, collate, dict, size=3, until=time.monotonic() + 600)
@@ -110,8 +111,8 @@ def test_a_language_models_logits_are_made_at_labels_alone_if_its_head_only_proj
     handle = model.get_output_embeddings().register_forward_hook(note)
     basis = find_basis(model, TokenTask(1), rows, default_data_collator, dict, size=3)
     handle.remove()
-    labels, positions, sums = 4 * 2, 4 * 8, 12
-    assert sum(made_logits) == labels + positions + sums * (positions if scaled else labels)
+    labels, positions, texts = 2, 8, 12
+    assert sum(made_logits) == labels + positions + texts * (positions if scaled else labels)
     with monkeypatch.context() as patched:
         patched.setattr(OutputHead, "of", lambda model: None)
         plain = find_basis(model, TokenTask(1), rows, default_data_collator, dict, size=3)
@@ -191,6 +192,30 @@ def test_a_run_goes_on_with_the_basis_that_it_began_with(tmp_path: Path) -> None
     resumed = trained(tmp_path / "run", text, resume=True, steps=6)
     assert resumed.run.basis.digest() == first.run.basis.digest()
     assert len(resumed.run.journal.entries) == 6
+    fresh = adapted()
+    replay_journal(fresh, tmp_path / "run").save_pretrained(tmp_path / "made")
+    ours, again = weights(tmp_path / "run"), weights(tmp_path / "made")
+    assert all(torch.equal(ours[name], again[name]) for name in ours)
+
+
+def test_with_minutes_a_run_keeps_the_vectors_that_time_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose = settling.choose_sizes
+    offered: list[Any] = []
+
+    def three(*args: Any, entries: Any, **sizes: Any) -> Any:
+        offered.append(entries)
+        return choose(*args, entries=[3], **sizes)
+
+    monkeypatch.setattr(settling, "choose_sizes", three)
+    open_ended = config(basis_size=None, num_directions=None, minutes=1.0)
+    first = trained(tmp_path / "run", dpzero=open_ended, save_strategy="steps", save_steps=2)
+    assert offered[0][-1] > 3
+    record = first.privacy_record()
+    assert record["chosen"]["basis_size"] == first.run.basis.size == 3
+    assert record["public_basis"] == first.run.basis.digest()
+    resumed = trained(tmp_path / "run", resume=True, steps=6, dpzero=open_ended)
+    assert resumed.run.basis.digest() == first.run.basis.digest()
+    assert len(offered) == 1
     fresh = adapted()
     replay_journal(fresh, tmp_path / "run").save_pretrained(tmp_path / "made")
     ours, again = weights(tmp_path / "run"), weights(tmp_path / "made")

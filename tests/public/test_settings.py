@@ -47,20 +47,20 @@ def test_rough_noise_is_near_the_accountants(epsilon: float, rate: float, steps:
 def test_sizes_fit_the_time_and_follow_what_is_given() -> None:
     config, seconds = DPZeroConfig(**OPEN), Seconds(row=1e-3, again=1e-3, point=1e-3)
     for budget in (60.0, 600.0):
-        choice = choose_sizes(config, seconds, num_units=5000, entries=256, budget=budget)
+        choice = choose_sizes(config, seconds, num_units=5000, entries=[256], budget=budget)
         assert 0.5 * budget < choice.pace.seconds(choice.steps) <= 1.01 * budget
     given = choose_sizes(
-        config.replace(num_directions=3), seconds, num_units=5000, entries=256, budget=60.0, batch=80, steps=20
+        config.replace(num_directions=3), seconds, num_units=5000, entries=[256], budget=60.0, batch=80, steps=20
     )
     assert (given.num_directions, given.expected_batch_size, given.steps) == (3, 80, 20)
     with pytest.raises(DPZeroError, match="minutes at least"):
-        choose_sizes(config, Seconds(1.0, 1.0, 1.0), num_units=5000, entries=256, budget=60.0)
+        choose_sizes(config, Seconds(1.0, 1.0, 1.0), num_units=5000, entries=[256], budget=60.0)
 
 
 def test_rows_that_are_kept_allow_for_more() -> None:
     config = DPZeroConfig(**OPEN, num_directions=16)
     anew, kept = (
-        choose_sizes(config, Seconds(0.02, again, 1e-4), num_units=2000, entries=64, budget=200.0)
+        choose_sizes(config, Seconds(0.02, again, 1e-4), num_units=2000, entries=[64], budget=200.0)
         for again in (0.02, 0.0)
     )
     assert (kept.expected_batch_size, kept.steps) > (anew.expected_batch_size, anew.steps)
@@ -69,7 +69,7 @@ def test_rows_that_are_kept_allow_for_more() -> None:
 
 def test_of_batches_that_are_near_the_accountant_decides() -> None:
     config, seconds = DPZeroConfig(**OPEN), Seconds(row=1e-3, again=1e-3, point=1e-3)
-    choice = choose_sizes(config, seconds, num_units=5000, entries=256, budget=100.0)
+    choice = choose_sizes(config, seconds, num_units=5000, entries=[256], budget=100.0)
     proven = Accountant.of(config).noise_multiplier(
         config.target_epsilon or 0, choice.expected_batch_size / 5000, choice.steps
     )
@@ -79,11 +79,24 @@ def test_of_batches_that_are_near_the_accountant_decides() -> None:
 def test_directions_at_right_angles_are_no_more_than_there_are() -> None:
     plenty = Seconds(row=1e-6, again=1e-6, point=1e-6)
     config = DPZeroConfig(**OPEN, direction_distribution="orthogonal")
-    choice = choose_sizes(config, plenty, num_units=5000, entries=20, budget=600.0)
+    choice = choose_sizes(config, plenty, num_units=5000, entries=[20], budget=600.0)
     assert choice.num_directions == 32
     assert choice.variance.directions == 0
-    independent = choose_sizes(DPZeroConfig(**OPEN), plenty, num_units=5000, entries=20, budget=600.0)
+    independent = choose_sizes(DPZeroConfig(**OPEN), plenty, num_units=5000, entries=[20], budget=600.0)
     assert independent.num_directions > 32
+
+
+def test_directions_lie_in_as_many_coordinates_as_time_tells() -> None:
+    config = DPZeroConfig(**OPEN, direction_distribution="orthogonal")
+
+    def chosen(point: float) -> tuple[int, int]:
+        seconds = Seconds(row=0.0, again=0.0, point=point)
+        choice = choose_sizes(config, seconds, num_units=9000, entries=[64, 128, 256], budget=200.0)
+        return choice.entries, choice.num_directions
+
+    assert chosen(1e-6) == (256, 256)
+    assert chosen(5e-5) == (128, 128)
+    assert chosen(1e-2)[0] == 64
 
 
 def test_a_step_that_was_disturbed_is_timed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft_dpzero.config import DEFAULT_BASIS_SIZE
 from peft_dpzero.perturbation.basis import Basis
 from peft_dpzero.public.basis import find_basis
 from peft_dpzero.public.rows import public_rows
@@ -31,7 +32,8 @@ def first_order_in_basis(
 ) -> Outcome:
     assert epsilon is not None
     rows = public_rows(start.public_text, start.loss, start.model, start.tokenizer, LONGEST)
-    basis = find_basis(start.model, start.loss, rows, start.collate, lambda batch: batch, start.size.basis)
+    size = start.size.basis or DEFAULT_BASIS_SIZE
+    basis = find_basis(start.model, start.loss, rows, start.collate, lambda batch: batch, size)
     with own_gradients(start) as module:
         reader = CoordinateGradients(start, module, basis)
         typical = float(reader.read(rows[:MEASURED_ROWS]).norm(dim=1).mean())

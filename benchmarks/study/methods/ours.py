@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer
+from peft_dpzero.config import DEFAULT_BASIS_SIZE
 from peft_dpzero.perturbation.basis import Basis
 from peft_dpzero.public.scales import Seconds
 from peft_dpzero.public.settings import choose_sizes, learning_rate
@@ -56,7 +57,7 @@ class _InBasisOf(DPZeroTrainer):
 
     basis_in: Path
 
-    def _found_basis(self) -> Basis:
+    def _found_basis(self, minutes: float | None) -> Basis:
         digest = read_journal(self.basis_in / JOURNAL_NAME).segments[0].header["basis"]
         return load_basis(self.basis_in, digest)
 
@@ -156,6 +157,7 @@ def _chosen(start: Start, clock: Clock, folder: Path, options: Mapping[str, Any]
             made = DPZeroConfig(**settings, minutes=clock.left / 60)
             trainer = _trainer(start, start.train, folder, made, {}, callbacks=[Deadline(clock)], **options)
         else:
+            settings["basis_size"] = start.size.basis or DEFAULT_BASIS_SIZE
             trainer = _for_passes(start, clock, folder, options, DPZeroConfig(**settings))
         return _finished(trainer, clock)
     except DPZeroError as error:
@@ -181,7 +183,7 @@ def _for_passes(
         measured,
         Seconds(row=base, again=base, point=1.0, step=0.0),
         num_units=len(start.train),
-        entries=trainer.run.perturbation(trainer.model).num_coordinates,
+        entries=[trainer.run.perturbation(trainer.model).num_coordinates],
         budget=clock.budget.amount,
     )
     arguments = {
