@@ -176,7 +176,7 @@ class Probe:
             shapes: from `fit_shapes`, with the run's numbers of rows.
             config: the run's settings.
             likely: tokens of rows that are like the run's: the lengths that most of them have are tried first.
-            until: when no further length is tried, by `time.monotonic`.
+            until: when no further length is tried, by `time.monotonic`; of numbers of rows then powers of two alone.
         """
         if shapes.alone or not self.suits(losses.model):
             return shapes
@@ -192,7 +192,10 @@ class Probe:
             if until is not None and time.monotonic() > until:
                 logger.info("Time for trying shapes is over: rows of %d lengths go alone.", len(lengths) - number)
                 break
-            counts = self._alike_counts(perturbation, losses, length, shapes.wanted_counts(length), points)
+            wanted = shapes.wanted_counts(length)
+            if until is not None:
+                wanted = [count for count in wanted if count.bit_count() == 1]
+            counts = self._alike_counts(perturbation, losses, length, wanted, points)
             if counts and counts[-1] > 1:
                 together[length] = counts
         return replace(shapes, together=together)

@@ -25,14 +25,14 @@ def row_bits(
     perturbation: Perturbation,
     losses: Losses,
     batches: Sequence[MicroBatch],
-    places: Sequence[Sequence[int]],
+    places: Sequence[range],
     points: Sequence[Point],
 ) -> Iterator[RowBits]:
     """What a row gives in each batch."""
     together = points_together(losses, batches[0], perturbation, len(points))
     tried = points[: max(2, together)]
     for batch, where in zip(batches, places, strict=True):
-        rows, count = list(where), len(batch["input_ids"])
+        rows, count = slice(where.start, where.stop, where.step), len(batch["input_ids"])
         with losses.over_one_micro_batch(batch) as restart:
             own = partial(_own, rows=rows, count=count)
             with perturbation.at(0, *points[0]), watched(losses.model, own) as seen:
@@ -43,12 +43,12 @@ def row_bits(
         yield values[:, rows], {call: made for call, made in seen.items() if made is not None}
 
 
-def _own(output: Tensor, rows: list[int], count: int) -> tuple[Tensor, Tensor] | None:
+def _own(output: Tensor, rows: slice, count: int) -> tuple[Tensor, Tensor] | None:
     """A digest of what a module's output holds at the first of `rows`, and whether the others hold the same; None if it
     does not lie row by row, as what all rows share does not."""
     if output.ndim == 0 or len(output) != count:
         return None
-    first = output[rows[0]]
+    first = output[rows.start]
     return digest(first), (output[rows] == first).all()
 
 

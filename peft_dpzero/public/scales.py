@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -138,7 +139,7 @@ def measure_slopes(
         DPZeroError: no λ gives slopes that are finite and not 0.
     """
     moves = _MOVES if smoothing_parameter is None else (smoothing_parameter, 2 * smoothing_parameter)
-    slopes = [_slopes(losses, rows, perturbation, difference, move) for move in moves]
+    slopes = _slopes(losses, rows, perturbation, difference, moves)
     found = [
         (float((one - other).norm() / other.norm()), math.sqrt(move * larger), other)
         for move, larger, one, other in zip(moves, moves[1:], slopes, slopes[1:], strict=False)
@@ -158,14 +159,15 @@ def _sizes(slopes: Tensor) -> tuple[float, ...]:
 
 
 def _slopes(
-    losses: Losses, rows: Sequence[MicroBatch], perturbation: Perturbation, difference: str, move: float
-) -> Tensor:
-    """(rows, directions) float64."""
-    points = points_of(_DIRECTIONS, move, difference)
-    values = torch.cat(losses_at(losses, rows, perturbation, 0, points), dim=1)  # [points, rows]
+    losses: Losses, rows: Sequence[MicroBatch], perturbation: Perturbation, difference: str, moves: Sequence[float]
+) -> list[Tensor]:
+    """(rows, directions) float64 for each move."""
+    points = [points_of(_DIRECTIONS, move, difference) for move in moves]
+    values = torch.cat(losses_at(losses, rows, perturbation, 0, list(chain(*points))), dim=1)  # [all points, rows]
+    sides = zip(moves, torch.split(values, [len(some) for some in points]), strict=True)
     if difference == "forward":
-        return (values[1:] - values[0]).T / move
-    return (values[0::2] - values[1::2]).T / (2 * move)
+        return [(at[1:] - at[0]).T / move for move, at in sides]
+    return [(at[0::2] - at[1::2]).T / (2 * move) for move, at in sides]
 
 
 def measure_seconds(losses: Losses, row: MicroBatch, perturbation: Perturbation, move: float) -> Seconds:
