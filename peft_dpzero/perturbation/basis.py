@@ -54,8 +54,11 @@ class Basis:
         return self.vectors.shape[0]
 
     def first(self, size: int) -> Basis:
-        """The basis of the first `size` vectors alone."""
-        return Basis(self.vectors[:size].clone(), self.names)
+        """The basis of the first `size` vectors alone, the longest of which has length 1 again."""
+        if size == self.size:
+            return self
+        vectors = self.vectors[:size].double()
+        return Basis.of(vectors / vectors.norm(dim=1).amax(), self.names)
 
     @torch.no_grad()
     def combined(self, weights: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from peft_dpzero.estimation.losses import Losses, MicroBatch, Shortcuts
 from peft_dpzero.estimation.tasks import Task
 from peft_dpzero.modules import is_sharded
 from peft_dpzero.perturbation.basis import Basis
-from peft_dpzero.perturbation.perturbation import Perturbation
+from peft_dpzero.perturbation.perturbation import KEPT_ENTRIES_IN_BASIS, Perturbation
 from peft_dpzero.public.basis import find_basis
 from peft_dpzero.public.rows import public_rows
 from peft_dpzero.public.settings import BASIS_SIZES, Settings
@@ -189,8 +189,11 @@ class PreparingMixin(_Host):  # type: ignore[misc]
 
     def _found_basis(self, minutes: float | None) -> Basis:
         model = self.accelerator.unwrap_model(self.model)
-        given = self.dpzero_config.basis_size
-        most = DEFAULT_BASIS_SIZE if minutes is None else max(BASIS_SIZES)
+        given, most = self.dpzero_config.basis_size, DEFAULT_BASIS_SIZE
+        if minutes is not None:
+            # As many directions are then kept during a step.
+            entries = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            most = max((size for size in BASIS_SIZES if size * entries <= KEPT_ENTRIES_IN_BASIS), default=most)
         return find_basis(
             model,
             self.task,

@@ -210,6 +210,7 @@ def test_with_minutes_a_run_keeps_the_vectors_that_time_tells(tmp_path: Path, mo
     open_ended = config(basis_size=None, num_directions=None, minutes=1.0)
     first = trained(tmp_path / "run", dpzero=open_ended, save_strategy="steps", save_steps=2)
     assert offered[0][-1] > 3
+    assert float(first.run.basis.vectors.double().norm(dim=1).amax()) == pytest.approx(2**15, rel=1e-3)
     record = first.privacy_record()
     assert record["chosen"]["basis_size"] == first.run.basis.size == 3
     assert record["public_basis"] == first.run.basis.digest()
