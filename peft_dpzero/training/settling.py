@@ -35,8 +35,8 @@ from peft_dpzero.public.settings import (
 from peft_dpzero.release.journal import JournalSegment
 
 MADE_UP, PUBLIC = "made-up rows", "public text"
-# Public rows that are looked at.
-MOST_PUBLIC = 256
+# Public rows that are looked at: about as many as a step has, since a row that comes twice is cheaper the second time.
+MOST_PUBLIC = 1024
 # Rows whose slopes are read.
 _READ = 32
 # Of made-up rows: the longest, unless `max_length` is less, and the parts of it that they have.
