@@ -33,6 +33,7 @@ from peft_dpzero.estimation.shapes import (
     PASS_TOKENS_PERTURBED,
     SHORTEST_STEP_PERTURBED,
     Shapes,
+    powers_of_two,
 )
 from peft_dpzero.estimation.state import KeptState
 from peft_dpzero.estimation.tasks import FunctionTask, Task, TokenTask
@@ -194,7 +195,7 @@ class Probe:
                 break
             wanted = shapes.wanted_counts(length)
             if until is not None:
-                wanted = [count for count in wanted if count.bit_count() == 1]
+                wanted = powers_of_two(wanted[-1])
             counts = self._alike_counts(perturbation, losses, length, wanted, points)
             if counts and counts[-1] > 1:
                 together[length] = counts

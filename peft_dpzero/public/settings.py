@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from operator import attrgetter
 from typing import Any
 
@@ -226,13 +227,18 @@ def rough_noise(config: DPZeroConfig, sample_rate: float, steps: int) -> float:
     assert config.target_epsilon is not None
     assert config.target_delta is not None
     # Beyond this ε nothing is hidden, and exp overflows.
-    epsilon, delta = min(config.target_epsilon, 500.0), config.target_delta
+    mu = _gaussian_privacy(min(config.target_epsilon, 500.0), config.target_delta)
+    return 1 / math.sqrt(math.log1p((mu / sample_rate) ** 2 / steps))
+
+
+@cache
+def _gaussian_privacy(epsilon: float, delta: float) -> float:
+    """μ, up to 50, with which (ε, δ) is μ-Gaussian privacy."""
 
     def excess(mu: float) -> float:
         return float(norm.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon) * norm.cdf(-mu / 2 - epsilon / mu)) - delta
 
-    mu = float(brentq(excess, 1e-4, 50.0)) if excess(1e-4) < 0 < excess(50.0) else 50.0
-    return 1 / math.sqrt(math.log1p((mu / sample_rate) ** 2 / steps))
+    return float(brentq(excess, 1e-4, 50.0)) if excess(1e-4) < 0 < excess(50.0) else 50.0
 
 
 def _two_digits(value: float) -> float:

@@ -189,20 +189,20 @@ class PreparingMixin(_Host):  # type: ignore[misc]
 
     def _found_basis(self, minutes: float | None) -> Basis:
         model = self.accelerator.unwrap_model(self.model)
-        given, most = self.dpzero_config.basis_size, DEFAULT_BASIS_SIZE
-        if minutes is not None:
+        size = fewest = self.dpzero_config.basis_size or DEFAULT_BASIS_SIZE
+        if minutes is not None and self.dpzero_config.basis_size is None:
             # As many directions are then kept during a step.
             entries = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            most = max((size for size in BASIS_SIZES if size * entries <= KEPT_ENTRIES_IN_BASIS), default=most)
+            size = max((size for size in BASIS_SIZES if size * entries <= KEPT_ENTRIES_IN_BASIS), default=fewest)
         return find_basis(
             model,
             self.task,
             self._public_rows(),
             self._public_collator(),
             self._prepare_inputs,
-            given or most,
+            size,
             until=None if minutes is None else time.monotonic() + _FOR_BASIS * 60 * minutes,
-            fewest=given or DEFAULT_BASIS_SIZE,
+            fewest=fewest,
         )
 
     @property
