@@ -253,7 +253,9 @@ class Simulation:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=[name for name, task in TASKS.items() if not task.stars], required=True)
+    parser.add_argument(
+        "--task", choices=[name for name, task in TASKS.items() if task.learned == "sign"], required=True
+    )
     parser.add_argument("--runs", nargs="+", required=True, metavar="rxBxT")
     parser.add_argument("--epsilon", type=float, default=2.0)
     parser.add_argument("--seeds", type=int, default=3)

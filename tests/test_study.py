@@ -39,7 +39,7 @@ from study.methods.first_order import CoordinateGradients
 from study.methods.gradients import own_gradients
 from study.methods.pazo import PublicGradients
 from study.methods.published import reference_of, what_its_noise_proves
-from study.models import Start, of_ordered_classes
+from study.models import Start, of_ordered_classes, second_half
 from study.report import write_report
 from study.results import missing, path_of, save
 from tiny import tiny_lora, token_rows, word_tokenizer
@@ -78,6 +78,52 @@ def test_a_language_models_label_words_are_scored_without_its_vocabulary() -> No
     assert seen == [0]
     right = (whole.argmax(dim=1) == batch["labels"]).double().mean()
     assert prompted.accuracy() == pytest.approx(float(right))
+
+
+@pytest.fixture
+def writer() -> Start:
+    """A tiny language model that is to write texts' second halves."""
+    rows = [
+        {"input_ids": ids[: 4 + i % 4], "attention_mask": [1] * (4 + i % 4), "labels": second_half(ids[: 4 + i % 4])}
+        for i, ids in enumerate(token_rows(72))
+    ]
+    model = tiny_lora("causal_lm").eval()
+    return Start(model, word_tokenizer(), infer_task(model), rows[:48], rows[48:56], rows[56:], rows[56:], SIZE)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_is_written_is_compared_token_by_token(side: str, writer: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["study.models"], "WRITTEN_TOGETHER", 3)
+    writer.tokenizer.padding_side = side
+    writer.held_out = writer.train
+    right = []
+    for row in writer.held_out:
+        ids = row["input_ids"]
+        with torch.no_grad():
+            likeliest = writer.model(torch.tensor([ids])).logits[0].argmax(dim=1).tolist()
+        right += [likeliest[at - 1] == ids[at] for at in range(len(ids) // 2, len(ids))]
+    assert 0 < sum(right) < len(right)
+    assert writer.accuracy() == pytest.approx(sum(right) / len(right))
+
+
+@pytest.mark.parametrize("name", ["adamw", "ours", "dpzero", "published", "pazo-p", "first-order-basis", "opacus"])
+def test_methods_learn_to_write(name: str, writer: Start, tmp_path: Path) -> None:
+    method, before = METHODS[name], writer.weights()
+    clock = Clock(Budget.of("800p"))
+    outcome = method.train(writer, clock, EPSILON if method.private else None, 0, tmp_path / "run", **method.grid[0])
+    assert 0 < outcome.passes <= 800
+    assert any(not torch.equal(p, before[n]) for n, p in writer.parameters.items())
+
+
+def test_text_is_written_by_language_models_only() -> None:
+    grid = Grid(tasks=("movies", "movies-endings"), models=("minilm", "gemma"))
+    pairs = {(cell.model, cell.task) for cell in grid.cells()}
+    assert pairs == {("minilm", "movies"), ("gemma", "movies"), ("gemma", "movies-endings")}
+    assert {(c.model, c.task) for c in grid.tuning_cells()} == {
+        ("minilm", "nyt"),
+        ("gemma", "nyt"),
+        ("gemma", "nyt-endings"),
+    }
 
 
 def epsilon_of(sigma: float, rate: float, steps: int) -> float:

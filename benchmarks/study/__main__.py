@@ -62,6 +62,8 @@ def main() -> None:
     chosen, console = options(), Console()
     names = [field.name for field in dataclasses.fields(Grid) if hasattr(chosen, field.name)]
     grid = Grid(**{name: tuple(getattr(chosen, name)) for name in names})
+    if not grid.cells():
+        raise SystemExit("There is nothing to run: endings take --models gemma.")
     folder = (chosen.folder or (QUICK_FOLDER if chosen.quick else FOLDER)).resolve()
     threads = chosen.threads or max(1, (os.cpu_count() or 1) // chosen.jobs)
     failed: list[Cell] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from . import sweep
 from .cells import FULL, QUICK, Budget, Cell, Size
 from .methods import METHODS, SWEPT
+from .models import suits
 from .results import Result, path_of
 from .tasks import TASKS
 
@@ -38,13 +39,12 @@ class Grid:
         by seed, so that a study that was cut short has whole seeds."""
         found: dict[Cell, None] = {}
         for seed in self.seeds:
-            for task in self.tasks:
-                for model in self.models:
-                    for name in self.methods:
-                        method = METHODS[name]
-                        for budget in map(Budget.of, self.budgets) if method.trains else (None,):
-                            for epsilon in self.epsilons if method.private else (None,):
-                                found[Cell(task, model, name, budget, epsilon, seed)] = None
+            for task, model in self._pairs(self.tasks):
+                for name in self.methods:
+                    method = METHODS[name]
+                    for budget in map(Budget.of, self.budgets) if method.trains else (None,):
+                        for epsilon in self.epsilons if method.private else (None,):
+                            found[Cell(task, model, name, budget, epsilon, seed)] = None
         return list(found)
 
     def tuning_cells(self) -> list[Cell]:
@@ -60,12 +60,14 @@ class Grid:
                 TUNING_SEED,
                 number,
             )
-            for task in tasks
-            for model in self.models
+            for task, model in self._pairs(tasks)
             for name in self.methods
             if len(METHODS[name].grid) > 1
             for number in range(len(METHODS[name].grid))
         ]
+
+    def _pairs(self, tasks: Iterable[str]) -> Iterator[tuple[str, str]]:
+        return ((task, model) for task in tasks for model in self.models if suits(model, task))
 
 
 def quick_cells() -> list[Cell]:

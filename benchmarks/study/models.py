@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from peft_dpzero import Task as Loss
-from peft_dpzero import Verbalizer, infer_task
+from peft_dpzero import TokenTask, Verbalizer, infer_task
 from peft_dpzero.estimation.shortcuts.label_logits import OutputHead
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,11 +20,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     set_seed,
 )
 
-from workloads import REVIEWS, ROOT, gemma_folder
+from workloads import IGNORE, REVIEWS, ROOT, gemma_folder
 
 from .cells import FULL, Size
 from .results import atomically
@@ -37,6 +38,8 @@ from sentiment import BASE  # isort: skip
 # How far apart the classes of an ordinal scale are, in its own steps: the deviation of a soft label.
 BLUR = 0.7
 READ_TOGETHER = 64
+# Logits of a vocabulary are made for so many tokens at a time.
+WRITTEN_TOGETHER = 16
 Row = dict[str, Any]
 Batch = dict[str, Tensor]
 
@@ -49,10 +52,10 @@ class Start:
         model: with a LoRA adapter, in eval mode: no method uses dropout.
         tokenizer: the model's.
         loss: how rows' losses and predictions are read.
-        train: private rows: `input_ids`, `attention_mask`, `labels`.
+        train: private rows: `input_ids`, `attention_mask`, `labels`: a class, or a list of tokens and −100.
         held_out: what accuracy is measured on.
         public: rows with their own labels.
-        public_text: strings, as the demo takes them.
+        public_text: strings, as the demo takes them, or rows where text is written.
         size: of the study.
         words: label words' tokens of a prompted causal LM, or ().
     """
@@ -63,7 +66,7 @@ class Start:
     train: list[Row]
     held_out: list[Row]
     public: list[Row]
-    public_text: list[str]
+    public_text: list[str] | list[Row]
     size: Size = FULL
     words: tuple[int, ...] = ()
 
@@ -84,6 +87,8 @@ class Start:
 
     @property
     def collate(self) -> Callable[[list[Row]], Batch]:
+        if isinstance(self.loss, TokenTask):
+            return DataCollatorForTokenClassification(self.tokenizer)
         return DataCollatorWithPadding(self.tokenizer)
 
     def losses(self, batch: Batch, model: Any = None) -> Tensor:
@@ -101,25 +106,42 @@ class Start:
 
     @torch.no_grad()
     def accuracy(self) -> float:
-        """On the held-out rows."""
+        """On the held-out rows: of their classes, or of the tokens to write, each after the true ones before it."""
         self.model.eval()
-        right = 0
-        for batch in self.batches(self.held_out):
-            right += int((self.predictions(batch).argmax(dim=1) == batch["labels"]).sum())
-        return right / len(self.held_out)
+        right = torch.cat([part for batch in self.batches(self.held_out) for part in self._right(batch)])
+        return float(right.double().mean())
+
+    def _right(self, batch: Batch) -> Iterator[Tensor]:
+        """Whether the likeliest is what is labelled: (n,) in parts."""
+        if not isinstance(self.loss, TokenTask):
+            yield self.predictions(batch).argmax(dim=1) == batch["labels"]
+            return
+        logits = self._head.logits(self.model, self.loss.inputs(batch))
+        row, position = self.loss.positions(batch, logits.length)
+        targets = batch["labels"][row, position + self.loss.shift]
+        parts = (tensor.split(WRITTEN_TOGETHER) for tensor in (row, position, targets))
+        for some, at, wanted in zip(*parts, strict=True):
+            yield logits.at(some, at).argmax(dim=1) == wanted
 
     def predictions(self, batch: Batch) -> Tensor:
         """Scores of the classes: (b, c). Of a language model no logits are made but the label words'."""
         inputs = self.loss.inputs(batch)
         if not isinstance(self.loss, Verbalizer):
             return self.loss.predictions(self.model(**inputs), batch)
+        return self.loss.scores_from(self._head.logits(self.model, inputs), batch)
+
+    @property
+    def _head(self) -> OutputHead:
         head = OutputHead.of(self.model)
         assert head is not None
-        return self.loss.scores_from(head.logits(self.model, inputs), batch)
+        return head
 
 
 def minilm(task: Task, data: Data, seed: int, size: Size, weights: Path) -> Start:
-    """A stock BERT classifier of 22M parameters, LoRA in its last layer, that has learned from label words."""
+    """A stock BERT classifier of 22M parameters, LoRA in its last layer, that has learned from label words.
+
+    It writes no text.
+    """
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     base = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=task.classes)
@@ -145,8 +167,8 @@ def of_ordered_classes(likeness: Tensor, classes: int) -> Tensor:
 
 
 def gemma(task: Task, data: Data, seed: int, size: Size, weights: Path) -> Start:
-    """Gemma 3 of 270M parameters, prompted "… It was" for label words, LoRA in its upper third. It learns nothing
-    before: the prompt is its start."""
+    """Gemma 3 of 270M parameters, prompted "… It was" for label words or left to write on, LoRA in its upper third. It
+    learns nothing before: the prompt is its start."""
     set_seed(seed)
     folder = gemma_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -154,6 +176,10 @@ def gemma(task: Task, data: Data, seed: int, size: Size, weights: Path) -> Start
     layers = base.config.num_hidden_layers
     upper = list(range(layers - layers // 3, layers))
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=8, layers_to_transform=upper))
+    if not task.classes:
+        start = _started(model, tokenizer, infer_task(base), data, size, "{}")
+        start.public_text = start.public
+        return start
     words = WORDS[task.classes]
     loss = Verbalizer(tokenizer, words, causal=True)
     start = _started(model, tokenizer, loss, data, size, "{} It was")
@@ -166,17 +192,29 @@ WORDS = {2: (" terrible", " great"), 5: (" terrible", " bad", " okay", " good", 
 
 def _started(model: Any, tokenizer: Any, loss: Loss, data: Data, size: Size, prompt: str) -> Start:
     def encoded(rows: Rows) -> list[Row]:
-        texts = [prompt.format(text) for text, _ in rows]
-        made = tokenizer(texts, truncation=True, max_length=LONGEST)
-        keys = ("input_ids", "attention_mask")
-        return [{key: made[key][i] for key in keys} | {"labels": label} for i, (_, label) in enumerate(rows)]
+        made = tokenizer([prompt.format(text) for text, _ in rows], truncation=True, max_length=LONGEST)
+        return [
+            {"input_ids": ids, "attention_mask": mask, "labels": second_half(ids) if label is None else label}
+            for ids, mask, (_, label) in zip(made["input_ids"], made["attention_mask"], rows, strict=True)
+        ]
 
     parts = (encoded(part) for part in (data.train, data.held_out, data.public))
     texts = [prompt.format(text) for text in data.public_text]
     return Start(model.eval(), tokenizer, loss, *parts, texts, size)
 
 
+def second_half(ids: Sequence[int]) -> list[int]:
+    """Labels of a text whose first half is given."""
+    given = len(ids) // 2
+    return [IGNORE] * given + list(ids[given:])
+
+
 MODELS: dict[str, Callable[[Task, Data, int, Size, Path], Start]] = {"minilm": minilm, "gemma": gemma}
+
+
+def suits(model: str, task: str) -> bool:
+    """Whether the model can do the task."""
+    return model != "minilm" or TASKS[task].classes > 0
 
 
 def started(model: str, task: str, seed: int, size: Size, folder: Path) -> Start:

@@ -1,4 +1,4 @@
-"""The tasks: rated texts of four kinds, as positive or negative and as stars."""
+"""The tasks: rated texts of four kinds, as positive or negative, as stars, and to be written on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import bisect
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -21,31 +22,36 @@ STARS = (-2.0, -0.5, 0.5, 2.0)
 # Texts rated nearer to 0 have no sign.
 NEUTRAL = 0.3
 
-Rows = list[tuple[str, int]]
+# A text and its class; None where its own second half is what is to be written.
+Rows = list[tuple[str, int | None]]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A set of texts and how its ratings are read.
+    """A set of texts and what is learned of them.
 
     Attributes:
         texts: one of `SETS`.
-        stars: five classes from the mean rating, instead of its sign.
+        learned: the sign of a text's mean rating, one of five classes of it, or to write on: the text's second half
+            after its first.
         tuned_on: the task on which settings for this one are chosen.
     """
 
     texts: str
-    stars: bool
+    learned: Literal["sign", "stars", "ending"]
     tuned_on: str
 
     @property
     def classes(self) -> int:
-        return len(STARS) + 1 if self.stars else 2
+        """0 where text is written."""
+        return {"sign": 2, "stars": len(STARS) + 1, "ending": 0}[self.learned]
 
     def labelled(self, archive: Path, texts: str) -> Rows:
-        """(text, class) of a set's texts, without those that have none."""
+        """A set's texts with what is to be learned, without those that have no sign where that is it."""
         rated = rated_texts(archive, texts)
-        if self.stars:
+        if self.learned == "ending":
+            return [(text, None) for _, text in rated]
+        if self.learned == "stars":
             return [(text, bisect.bisect_right(STARS, rating)) for rating, text in rated]
         return [(text, int(rating > 0)) for rating, text in rated if abs(rating) >= NEUTRAL]
 
@@ -54,8 +60,9 @@ def _tuned_on(name: str) -> str:
     return "movies" if name == "nyt" else "nyt"
 
 
-TASKS = {name: Task(name, False, _tuned_on(name)) for name in SETS}
-TASKS |= {f"{name}-stars": Task(name, True, f"{_tuned_on(name)}-stars") for name in SETS}
+TASKS = {name: Task(name, "sign", _tuned_on(name)) for name in SETS}
+TASKS |= {f"{name}-stars": Task(name, "stars", f"{_tuned_on(name)}-stars") for name in SETS}
+TASKS |= {f"{name}-endings": Task(name, "ending", f"{_tuned_on(name)}-endings") for name in SETS}
 
 
 @dataclass(frozen=True)

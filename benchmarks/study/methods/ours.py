@@ -141,6 +141,7 @@ def _trainer(
             **arguments,
         ),
         train_dataset=start.dataset(rows),
+        data_collator=start.collate,
         processing_class=start.tokenizer,
         per_example_loss=start.loss,
         dpzero_config=config,
