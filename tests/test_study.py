@@ -301,8 +301,9 @@ def test_the_best_of_a_grid_is_run_with_the_seeds_that_did_not_choose_it(tmp_pat
 
 
 def test_time_plans_steps_and_ends_runs(start: Start, tmp_path: Path) -> None:
-    outcome = METHODS["dpzero"].train(start, Clock(Budget.of("1s")), EPSILON, 0, tmp_path / "run", learning_rate=1e-3)
-    assert 1 <= outcome.steps <= outcome.settings["planned_steps"]
+    outcome = METHODS["dpzero"].train(start, Clock(Budget.of("8s")), EPSILON, 0, tmp_path / "run", learning_rate=1e-3)
+    assert 10 <= outcome.steps <= outcome.settings["planned_steps"]
+    assert outcome.settings["learning_rate"] == 1e-3
     assert outcome.privacy["epsilon"] <= EPSILON
 
 

@@ -73,7 +73,7 @@ class Grid:
 def quick_cells() -> list[Cell]:
     """Every method on few passes, and those with a rule of their own for time for some seconds."""
     once = Grid(("movies-stars",), budgets=("250p",), epsilons=(0.5,), seeds=(0,), size=QUICK)
-    timed = dataclasses.replace(once, tasks=("movies",), budgets=("4s",), methods=("dpzero",))
+    timed = dataclasses.replace(once, tasks=("movies",), budgets=("15s",), methods=("dpzero",))
     return once.cells() + timed.cells()
 
 

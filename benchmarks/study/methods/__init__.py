@@ -11,8 +11,10 @@ from .pazo import pazo
 from .published import published
 from .zero_shot import zero_shot
 
-_ONE_DIRECTION = tuple({"learning_rate": rate} for rate in (1e-4, 1e-3, 1e-5))
-_MANY_DIRECTIONS = tuple({"learning_rate": rate} for rate in (1e-3, 1e-4, 1e-2))
+_ONE_DIRECTION = tuple({"learning_rate": rate} for rate in (1e-4, 1e-3, 1e-5, 1e-2, 1e-1))
+_MANY_DIRECTIONS = tuple({"learning_rate": rate} for rate in (1e-3, 1e-4, 1e-2, 1e-1))
+# Opacus's: (η, C).
+_FIRST_ORDER = ((1e-3, 0.1), (5e-4, 0.1), (2e-3, 0.1), (1e-3, 1.0), (5e-4, 1.0), (2e-3, 1.0), (5e-3, 1.0), (1e-2, 1.0))
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -38,9 +40,7 @@ METHODS: dict[str, Method] = {
             "opacus",
             "Opacus, DP-AdamW, LoRA",
             opacus_adamw,
-            grid=tuple(
-                {"learning_rate": rate, "clipping_threshold": c} for c in (0.1, 1.0) for rate in (1e-3, 5e-4, 2e-3)
-            ),
+            grid=tuple({"learning_rate": rate, "clipping_threshold": threshold} for rate, threshold in _FIRST_ORDER),
         ),
     )
 }

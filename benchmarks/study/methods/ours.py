@@ -7,8 +7,8 @@ from that its step is ours with a fixed threshold and SGD, and it gets our passe
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,6 @@ from .base import DoesNotFit, Outcome, Train
 
 # As published, with its code: rows a step, and how far parameters are moved.
 PUBLISHED_ROWS, PUBLISHED_MOVE = 64, 1e-3
-# The share of a step's rows that a trial of its time reads.
-TRIED = 0.25
 
 
 def ours(start: Start, clock: Clock, epsilon: float | None, seed: int, folder: Path, **settings: Any) -> Outcome:
@@ -153,7 +151,7 @@ def _chosen(start: Start, clock: Clock, folder: Path, options: Mapping[str, Any]
     """A run whose sizes are chosen for the budget."""
     settings = {"target_delta": DELTA, "max_length": LONGEST, "basis_size": start.size.basis} | config
     settings["smoothing_parameter"] = start.size.move
-    try:
+    with _fitting():
         if math.isfinite(clock.left):
             made = DPZeroConfig(**settings, minutes=clock.left / 60)
             trainer = _trainer(start, start.train, folder, made, {}, callbacks=[Deadline(clock)], **options)
@@ -161,8 +159,6 @@ def _chosen(start: Start, clock: Clock, folder: Path, options: Mapping[str, Any]
             settings["basis_size"] = start.size.basis or DEFAULT_BASIS_SIZE
             trainer = _for_passes(start, clock, folder, options, DPZeroConfig(**settings))
         return _finished(trainer, clock)
-    except DPZeroError as error:
-        raise DoesNotFit(str(error)) if "left of `minutes`" in str(error) else error from None
 
 
 def _for_passes(
@@ -218,39 +214,27 @@ def _published(
         max_length=LONGEST,
     )
     rows = min(PUBLISHED_ROWS, start.size.batch)
-    arguments = {"optim": "sgd", "learning_rate": learning_rate, "lr_scheduler_type": "constant"}
-
-    def sized(batch: int) -> dict[str, Any]:
-        return arguments | {"per_device_train_batch_size": batch}
-
-    steps = _steps(start, clock, folder, config, sized, rows)
-    arguments = sized(rows) | {"max_steps": steps}
-    return _finished(_trainer(start, start.train, folder, config, arguments, callbacks=[Deadline(clock)]), clock)
-
-
-class _Timed(TrainerCallback):
-    def __init__(self) -> None:
-        self.moments: list[float] = []
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.moments.append(time.monotonic())
+    arguments: dict[str, Any] = {
+        "optim": "sgd",
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": rows,
+    }
+    if math.isfinite(clock.left):
+        config = config.replace(minutes=clock.left / 60)
+    else:
+        arguments["max_steps"] = max(1, int(clock.budget.amount / (2 * num_directions * rows)))
+    with _fitting():
+        return _finished(_trainer(start, start.train, folder, config, arguments, callbacks=[Deadline(clock)]), clock)
 
 
-def _steps(start: Start, clock: Clock, folder: Path, config: DPZeroConfig, sized: Any, rows: int) -> int:
-    """How many steps fit, from the time of one with fewer rows, all public; the model is as before then."""
-    assert clock.budget is not None
-    passes = 2 * config.known_directions * rows
-    if not math.isfinite(clock.left):
-        return max(1, int(clock.budget.amount / passes))
-    before = start.weights()
-    few, timed = max(1, round(TRIED * rows)), _Timed()
-    public = start.public[: 8 * few]
-    tried = config.replace(target_epsilon=None, noise_multiplier=1.0, target_delta=DELTA)
-    trial = _trainer(start, public, folder / "trial", tried, sized(few) | {"max_steps": 2}, callbacks=[timed])
-    trial.train()
-    start.restore(before)
-    once = (timed.moments[1] - timed.moments[0]) * rows / few
-    return max(1, int(clock.left / once))
+@contextmanager
+def _fitting() -> Iterator[None]:
+    """Turns the package's word that a time does not suffice into ours."""
+    try:
+        yield
+    except DPZeroError as error:
+        raise DoesNotFit(str(error)) if "left of `minutes`" in str(error) else error from None
 
 
 def _finished(trainer: DPZeroTrainer, clock: Clock) -> Outcome:
