@@ -102,5 +102,5 @@ def best_on(task: str, cell: Cell, numbers: Iterable[int], folder: Path) -> int 
         if not path.exists():
             return None
         result: Result = json.loads(path.read_text())
-        accuracies[number] = result["accuracy"]
+        accuracies[number] = result["accuracy"] or 0.0  # None where it did not fit
     return max(accuracies, key=lambda number: accuracies[number])
