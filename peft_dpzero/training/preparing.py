@@ -25,7 +25,7 @@ from peft_dpzero.public.rows import public_rows
 from peft_dpzero.public.settings import BASIS_SIZES, Settings
 from peft_dpzero.training.run import RunOnDisk
 from peft_dpzero.training.settling import (
-    MOST_PUBLIC,
+    MOST_ROWS,
     PUBLIC,
     Given,
     Measured,
@@ -112,7 +112,7 @@ class PreparingMixin(_Host):  # type: ignore[misc]
             rows = self._rows_to_measure(tried)
         else:
             collate = self._public_collator()
-            given = [public_dataset[i] for i in range(min(len(public_dataset), MOST_PUBLIC))]
+            given = [public_dataset[i] for i in range(min(len(public_dataset), MOST_ROWS))]
             rows = public_batches(given, collate, tried), PUBLIC
         deadline = time.monotonic() + 60 * minutes
         return self._measured(tried, perturbation, rows, deadline)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
+from random import Random
 from typing import Any
 
 from transformers import TrainingArguments
@@ -35,13 +36,15 @@ from peft_dpzero.public.settings import (
 from peft_dpzero.release.journal import JournalSegment
 
 MADE_UP, PUBLIC = "made-up rows", "public text"
-# Public rows that are looked at: about as many as a step has, since a row that comes twice is cheaper the second time.
-MOST_PUBLIC = 1024
-# Rows whose slopes are read.
+# Rows that are looked at: about as many as a step has, since a row that comes twice is cheaper the second time.
+MOST_ROWS = 1024
+# Public rows whose slopes are read.
 _READ = 32
-# Of made-up rows: the longest, unless `max_length` is less, and the parts of it that they have.
+# Of made-up rows: the longest, unless `max_length` is less, the parts of it that those have whose slopes are read, and
+# the least and the most that any has.
 _LONGEST = 64
 _PARTS = (0.25, 0.5, 0.5, 0.75)
+_LEAST, _MOST = 0.25, 0.75
 # A step is timed twice, as the first warms up, unless nothing is kept of rows, there are so few steps that each counts
 # and it took no longer than this many times what was planned: something else may have run.
 _SURPRISING = 1.3
@@ -131,14 +134,16 @@ def settings_of(segments: Sequence[JournalSegment]) -> Settings | None:
 def public_batches(rows: Sequence[Any], collate: Callable[[list[Any]], Any], tried: TriedModel) -> list[MicroBatch]:
     """Public rows as micro-batches of one, padded as in training; those that training would leave out are."""
     shapes = tried.passes.shapes
-    made = (as_row(collate([row])) for row in islice(rows, MOST_PUBLIC))
+    made = (as_row(collate([row])) for row in islice(rows, MOST_ROWS))
     return [shapes.padded(row) for row in made if shapes.fits(row)]
 
 
 def _made_up_batches(probe: Probe, shapes: Shapes) -> list[MicroBatch]:
-    """Made-up rows of several lengths as micro-batches of one."""
+    """Made-up rows of many lengths as micro-batches of one."""
     longest = min(bound for bound in (shapes.max_length, shapes.limit, _LONGEST) if bound)
-    rows = probe.data.rows_of([max(1, int(part * longest)) for part in _PARTS])
+    drawn = Random(0)
+    others = (drawn.uniform(_LEAST, _MOST) for _ in range(MOST_ROWS - len(_PARTS)))
+    rows = probe.data.rows_of([max(1, int(part * longest)) for part in (*_PARTS, *others)])
     return [probe.data.batch(ProbeBatch([row], 0, len(row))) for row in rows]
 
 
@@ -164,8 +169,9 @@ def find_settings(
         DPZeroError: losses cannot be measured, or the time does not suffice.
     """
     losses = tried.passes.losses
+    read = rows[: _READ if source == PUBLIC else len(_PARTS)]
     try:
-        slopes = find_slopes(losses, rows[:_READ], perturbation, config)
+        slopes = find_slopes(losses, read, perturbation, config)
     except DPZeroError:
         raise
     except Exception as error:  # A user's function may want labels that nobody can make up.
@@ -191,7 +197,7 @@ def find_settings(
         batch, directions = choice.expected_batch_size, choice.num_directions
         if choice.entries < perturbation.num_coordinates:
             perturbation = perturbation.narrowed(choice.entries)
-            slopes = find_slopes(losses, rows[:_READ], perturbation, config.replace(difference=slopes.difference))
+            slopes = find_slopes(losses, read, perturbation, config.replace(difference=slopes.difference))
     basis_size = None if choice is None or perturbation.basis is None else choice.entries
     settled = config.settled(
         clipping_threshold=clipping_threshold(slopes, directions or DEFAULT_DIRECTIONS),

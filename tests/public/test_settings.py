@@ -119,6 +119,7 @@ def test_slopes_are_those_of_autograd_and_lambda_lies_between_rounding_and_curva
     tried = try_model(perturbation, task, DPZeroConfig(**OPEN), dict, device=torch.device("cpu"))
     rows, source = rows_to_measure(tried, [])
     assert source == "made-up rows"
+    rows = rows[:4]
     slopes = measure_slopes(tried.passes.losses, rows, perturbation, "central")
     assert 1e-4 < slopes.smoothing_parameter < 1
     expected = []
@@ -132,6 +133,14 @@ def test_slopes_are_those_of_autograd_and_lambda_lies_between_rounding_and_curva
         ]
         expected.append(math.sqrt(sum(d * d for d in along) / 4))
     assert slopes.sizes == pytest.approx(sorted(expected), rel=0.02)
+
+
+def test_no_two_made_up_rows_are_alike_so_that_none_is_kept_when_a_step_is_timed() -> None:
+    model = adapted().eval()
+    tried = try_model(Perturbation(model), infer_task(model), DPZeroConfig(**OPEN), dict, device=torch.device("cpu"))
+    rows, _ = rows_to_measure(tried, [])
+    assert len({tuple(row["input_ids"][0].tolist()) for row in rows}) == len(rows) == settling.MOST_ROWS
+    assert len({row["input_ids"].shape for row in rows}) > 16
 
 
 @pytest.mark.parametrize(("bend", "difference"), [(0.0, "forward"), (1e9, "central")])
@@ -148,7 +157,7 @@ def test_one_side_is_read_unless_the_loss_bends(bend: float, difference: str) ->
     rows, _ = rows_to_measure(
         try_model(perturbation, plain, DPZeroConfig(**OPEN), dict, device=torch.device("cpu")), []
     )
-    losses = Losses(model, Bent(), dict)
+    rows, losses = rows[:4], Losses(model, Bent(), dict)
     assert find_slopes(losses, rows, perturbation, DPZeroConfig(**OPEN)).difference == difference
     given = DPZeroConfig(**OPEN, difference="central")
     assert find_slopes(losses, rows, perturbation, given).difference == "central"

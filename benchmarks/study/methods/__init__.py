@@ -14,7 +14,9 @@ from .zero_shot import zero_shot
 _ONE_DIRECTION = tuple({"learning_rate": rate} for rate in (1e-4, 1e-3, 1e-5, 1e-2, 1e-1))
 _MANY_DIRECTIONS = tuple({"learning_rate": rate} for rate in (1e-3, 1e-4, 1e-2, 1e-1))
 # Opacus's: (η, C).
-_FIRST_ORDER = ((1e-3, 0.1), (5e-4, 0.1), (2e-3, 0.1), (1e-3, 1.0), (5e-4, 1.0), (2e-3, 1.0), (5e-3, 1.0), (1e-2, 1.0))
+_FIRST_ORDER = tuple((rate, 0.1) for rate in (1e-3, 5e-4, 2e-3))
+_FIRST_ORDER += tuple((rate, 1.0) for rate in (1e-3, 5e-4, 2e-3, 5e-3, 1e-2, 2e-2))
+_FIRST_ORDER += tuple((rate, 3.0) for rate in (5e-3, 1e-2, 2e-2))
 
 METHODS: dict[str, Method] = {
     method.name: method
