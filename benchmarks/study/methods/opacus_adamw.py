@@ -114,6 +114,9 @@ def _differentiate(start: Start, module: Any, batch: Any) -> None:
 
 
 def _trial(start: Start, rows: int) -> None:
+    """The gradients of a step's rows, in physical batches of any lengths as in training."""
     with own_gradients(start) as module:
-        for gradients in row_gradients(start, module, start.public[:rows], tuple(start.parameters)):
-            gradients.norm(dim=1)
+        for first in range(0, rows, READ_TOGETHER):
+            some = start.public[first : min(rows, first + READ_TOGETHER)]
+            for gradients in row_gradients(start, module, some, tuple(start.parameters)):
+                gradients.norm(dim=1)
