@@ -49,13 +49,16 @@ EPSILON = 2.0
 SIZE = Size(basis=4, batch=8, move=1e-2)
 
 
+def uneven_rows(number: int) -> list[dict[str, Any]]:
+    """Rows of several lengths, of two classes."""
+    cut = [ids[: 4 + i % 4] for i, ids in enumerate(token_rows(number))]
+    return [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": i % 2} for i, ids in enumerate(cut)]
+
+
 @pytest.fixture
 def start() -> Start:
     """A tiny classifier on rows of several lengths."""
-    rows = [
-        {"input_ids": ids[: 4 + i % 4], "attention_mask": [1] * len(ids[: 4 + i % 4]), "labels": i % 2}
-        for i, ids in enumerate(token_rows(72))
-    ]
+    rows = uneven_rows(72)
     model = tiny_lora("classifier").eval()
     texts = [" ".join(f"w{token}" for token in row["input_ids"]) for row in rows[56:]]
     return Start(model, word_tokenizer(), infer_task(model), rows[:48], rows[48:56], rows[56:], texts, SIZE)
@@ -63,10 +66,7 @@ def start() -> Start:
 
 def test_a_language_models_label_words_are_scored_without_its_vocabulary() -> None:
     model, tokenizer = tiny_lora("causal_lm").eval(), word_tokenizer()
-    rows = [
-        {"input_ids": ids[: 4 + i % 4], "attention_mask": [1] * (4 + i % 4), "labels": i % 2}
-        for i, ids in enumerate(token_rows(8))
-    ]
+    rows = uneven_rows(8)
     words = Verbalizer(tokenizer, ["w7", "w9"], causal=True)
     prompted = Start(model, tokenizer, words, rows, rows, rows, [], SIZE)
     (batch,) = prompted.batches(rows)
@@ -83,10 +83,7 @@ def test_a_language_models_label_words_are_scored_without_its_vocabulary() -> No
 @pytest.fixture
 def writer() -> Start:
     """A tiny language model that is to write texts' second halves."""
-    rows = [
-        {"input_ids": ids[: 4 + i % 4], "attention_mask": [1] * (4 + i % 4), "labels": second_half(ids[: 4 + i % 4])}
-        for i, ids in enumerate(token_rows(72))
-    ]
+    rows = [row | {"labels": second_half(row["input_ids"])} for row in uneven_rows(72)]
     model = tiny_lora("causal_lm").eval()
     return Start(model, word_tokenizer(), infer_task(model), rows[:48], rows[48:56], rows[56:], rows[56:], SIZE)
 

@@ -40,11 +40,10 @@ MADE_UP, PUBLIC = "made-up rows", "public text"
 MOST_ROWS = 1024
 # Public rows whose slopes are read.
 _READ = 32
-# Of made-up rows: the longest, unless `max_length` is less, the parts of it that those have whose slopes are read, and
-# the least and the most that any has.
+# Of made-up rows: the longest, unless `max_length` is less, and the parts of it that those have whose slopes are read.
+# Others lie between the first part and the last.
 _LONGEST = 64
 _PARTS = (0.25, 0.5, 0.5, 0.75)
-_LEAST, _MOST = 0.25, 0.75
 # A step is timed twice, as the first warms up, unless nothing is kept of rows, there are so few steps that each counts
 # and it took no longer than this many times what was planned: something else may have run.
 _SURPRISING = 1.3
@@ -142,7 +141,7 @@ def _made_up_batches(probe: Probe, shapes: Shapes) -> list[MicroBatch]:
     """Made-up rows of many lengths as micro-batches of one."""
     longest = min(bound for bound in (shapes.max_length, shapes.limit, _LONGEST) if bound)
     drawn = Random(0)
-    others = (drawn.uniform(_LEAST, _MOST) for _ in range(MOST_ROWS - len(_PARTS)))
+    others = (drawn.uniform(_PARTS[0], _PARTS[-1]) for _ in range(MOST_ROWS - len(_PARTS)))
     rows = probe.data.rows_of([max(1, int(part * longest)) for part in (*_PARTS, *others)])
     return [probe.data.batch(ProbeBatch([row], 0, len(row))) for row in rows]
 

@@ -115,8 +115,9 @@ def _differentiate(start: Start, module: Any, batch: Any) -> None:
 
 def _trial(start: Start, rows: int) -> None:
     """The gradients of a step's rows, in physical batches of any lengths as in training."""
+    public = start.public[:rows]
     with own_gradients(start) as module:
-        for first in range(0, rows, READ_TOGETHER):
-            some = start.public[first : min(rows, first + READ_TOGETHER)]
+        for first in range(0, len(public), READ_TOGETHER):
+            some = public[first : first + READ_TOGETHER]
             for gradients in row_gradients(start, module, some, tuple(start.parameters)):
                 gradients.norm(dim=1)
