@@ -27,6 +27,7 @@ _MOVES = tuple(10.0 ** (power / 2) for power in range(-8, 1))
 # Rows and points of the passes that are timed.
 _TIMED_ROWS = 16
 _FEW_POINTS, _MOST_POINTS = 2, 128
+_TIMED_MOVE = 1e-3
 # And how often, unless once takes so many seconds.
 _TIMED, _LONG = 3, 2.0
 # So many times as long as copies of a usual row take those of a step: of many lengths, padded, few of each (measured).
@@ -101,6 +102,12 @@ class Seconds:
         return Pace(first, later, sample_rate)
 
 
+def rows_to_read(seconds: Seconds, budget: float) -> int:
+    """Of how many rows `find_slopes` reads the slopes in so many seconds."""
+    points = (1 + _DIRECTIONS) * len(_MOVES)
+    return int(budget / (seconds.row + points * seconds.point))
+
+
 def find_slopes(losses: Losses, rows: Sequence[MicroBatch], perturbation: Perturbation, config: DPZeroConfig) -> Slopes:
     """Slopes as `measure_slopes` reads them: of one side, if nothing else is given and the loss bends little.
 
@@ -170,20 +177,19 @@ def _slopes(
     return [(at[0::2] - at[1::2]).T / (2 * move) for move, at in sides]
 
 
-def measure_seconds(losses: Losses, row: MicroBatch, perturbation: Perturbation, move: float) -> Seconds:
+def measure_seconds(losses: Losses, row: MicroBatch, perturbation: Perturbation) -> Seconds:
     """Times passes over copies of `row` at few points and at many, and tells from them what a step's rows take.
 
     Args:
         losses: of the model.
         row: of usual length.
         perturbation: over the trainable parameters.
-        move: λ.
     """
     batch = stacked_rows([dict(row)] * _TIMED_ROWS)
 
     def seconds(passes: Losses, points: int) -> float:
         start = time.perf_counter()
-        losses_at(passes, [batch], perturbation, 0, points_of(points // 2, move, "central"))
+        losses_at(passes, [batch], perturbation, 0, points_of(points // 2, _TIMED_MOVE, "central"))
         return time.perf_counter() - start
 
     def a_row(passes: Losses, points: int) -> float:

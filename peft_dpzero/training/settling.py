@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
@@ -22,7 +23,7 @@ from peft_dpzero.estimation.losses import MicroBatch
 from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
 from peft_dpzero.estimation.shapes import Shapes, as_row
 from peft_dpzero.perturbation.perturbation import Perturbation
-from peft_dpzero.public.scales import Pace, Slopes, find_slopes, measure_seconds
+from peft_dpzero.public.scales import Pace, Slopes, find_slopes, measure_seconds, rows_to_read
 from peft_dpzero.public.settings import (
     BASIS_SIZES,
     ENOUGH_STEPS,
@@ -38,8 +39,8 @@ from peft_dpzero.release.journal import JournalSegment
 MADE_UP, PUBLIC = "made-up rows", "public text"
 # Rows that are looked at: about as many as a step has, since a row that comes twice is cheaper the second time.
 MOST_ROWS = 1024
-# Public rows whose slopes are read.
-_READ = 32
+# Public rows whose slopes are read, and the part of the time that this may take, where there is a deadline.
+_READ, _READING = 32, 0.05
 # Of made-up rows: the longest, unless `max_length` is less, and the parts of it that those have whose slopes are read.
 # Others lie between the first part and the last.
 _LONGEST = 64
@@ -170,6 +171,10 @@ def find_settings(
     losses = tried.passes.losses
     read = rows[: _READ if source == PUBLIC else len(_PARTS)]
     try:
+        if sizes.deadline is not None:
+            seconds = measure_seconds(losses, sorted(rows, key=_tokens)[len(rows) // 2], perturbation)
+            affordable = rows_to_read(seconds, _READING * (sizes.deadline - time.monotonic()))
+            read = read[: max(affordable, len(_PARTS))]
         slopes = find_slopes(losses, read, perturbation, config)
     except DPZeroError:
         raise
@@ -181,8 +186,6 @@ def find_settings(
     batch, directions, steps = sizes.batch, config.known_directions, sizes.steps
     choice, once = None, None
     if sizes.deadline is not None:
-        row = sorted(rows, key=_tokens)[len(rows) // 2]
-        seconds = measure_seconds(losses, row, perturbation, slopes.smoothing_parameter)
         choice = choose_sizes(
             config.replace(difference=slopes.difference),
             seconds,
@@ -221,7 +224,9 @@ def find_settings(
         count = max(1, round(expected))
         pace = _measured_pace(passes, perturbation, settled, rows, count, choice)
         left = (sizes.deadline - time.monotonic()) / _RESERVE
-        steps = steps or max(FEWEST_STEPS, pace.steps(left))
+        if steps is None:
+            steps = max(FEWEST_STEPS, pace.steps(left))
+            _warn_of_few(steps)
         once = pace.seconds(steps) / steps
         rate = rate or learning_rate(slopes.typical, steps)
     chosen = Settings(
@@ -283,6 +288,15 @@ def _seconds_a_step(
         difference=config.difference,
     )
     return time.perf_counter() - start
+
+
+def _warn_of_few(steps: int) -> None:
+    if steps < ENOUGH_STEPS:
+        warnings.warn(
+            f"{steps} steps are all that `minutes` allow: noise may outweigh what so few teach, and leave the model "
+            "worse than it was. Give more minutes, or train fewer or higher layers.",
+            stacklevel=2,
+        )
 
 
 def _after(part: float, deadline: float) -> float:

@@ -207,7 +207,7 @@ def test_what_a_row_costs_when_it_was_drawn_before_is_measured(monkeypatch: pyte
     losses, seen = losses_of(model), counted(lower_layer(model))
     monkeypatch.setattr(scales.time, "perf_counter", lambda: float(seen["rows"]))
     row = batch_of("classifier", token_rows(1, 5, 0))
-    seconds = measure_seconds(losses, row, Perturbation(model), 1e-2)
+    seconds = measure_seconds(losses, row, Perturbation(model))
     assert seconds.row == pytest.approx(scales._UNEVEN, abs=1e-3)
     assert seconds.again == 0
 
@@ -217,7 +217,7 @@ def test_unsteady_lower_layers_leave_what_a_point_costs_alone(monkeypatch: pytes
     losses, seen = losses_of(model), counted(lower_layer(model))
     # Each of their passes takes longer than the one before.
     monkeypatch.setattr(scales.time, "perf_counter", lambda: float(seen["rows"] ** 2))
-    seconds = measure_seconds(losses, batch_of("classifier", token_rows(1, 5, 0)), Perturbation(model), 1e-2)
+    seconds = measure_seconds(losses, batch_of("classifier", token_rows(1, 5, 0)), Perturbation(model))
     assert seconds.row > 1
     assert seconds.point < 1e-6
 

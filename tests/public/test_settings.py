@@ -17,7 +17,7 @@ from peft_dpzero.estimation.losses import Losses
 from peft_dpzero.estimation.tasks import infer_task
 from peft_dpzero.mechanism.accountant import COARSE_INTERVAL, Accountant
 from peft_dpzero.perturbation.perturbation import Perturbation
-from peft_dpzero.public.scales import Seconds, find_slopes, measure_slopes
+from peft_dpzero.public.scales import Seconds, find_slopes, measure_slopes, rows_to_read
 from peft_dpzero.public.settings import choose_sizes, learning_rate, rough_noise
 from peft_dpzero.release.journal import read_journal
 from peft_dpzero.training import settling
@@ -97,6 +97,12 @@ def test_directions_lie_in_as_many_coordinates_as_time_tells() -> None:
     assert chosen(1e-6) == (256, 256)
     assert chosen(5e-5) == (128, 128)
     assert chosen(1e-2)[0] == 64
+
+
+def test_slopes_are_read_of_as_many_rows_as_time_affords() -> None:
+    slow = Seconds(row=0.5, again=0.0, point=0.1)
+    assert rows_to_read(slow, 100.0) == 20
+    assert rows_to_read(slow, 1.0) == 0
 
 
 def test_a_step_that_was_disturbed_is_timed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +222,8 @@ def test_time_decides_sizes_and_a_run_goes_on_with_them(tmp_path: Path, monkeypa
     run = trainer(tmp_path, changes=changes, **default)
     with pytest.raises(DPZeroError, match="measured how long"):
         _ = run.privacy_plan
-    run.train()
+    with pytest.warns(UserWarning, match="steps are all that `minutes` allow"):
+        run.train()
     chosen = run.privacy_record()["chosen"]
     assert chosen.keys() >= {"expected_batch_size", "steps", "learning_rate", "num_directions"}
     assert 10 <= chosen["steps"] <= 18
