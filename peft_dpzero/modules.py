@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -22,6 +23,16 @@ def base_layer(layer: Any) -> nn.Module:
     """The layer that a layer of PEFT's adapts."""
     base: nn.Module = layer.get_base_layer()
     return base
+
+
+def adapter_parameters(model: Any) -> dict[str, nn.Parameter]:
+    """The parameters that the active adapter is saved with, trained or not, by name; none without an adapter."""
+    if not hasattr(model, "peft_config"):
+        return {}
+    parameters = dict(model.named_parameters())
+    saved = get_peft_model_state_dict(model, parameters, model.active_adapter, save_embedding_layers=False)
+    identities = {id(parameter) for parameter in saved.values()}
+    return {name: parameter for name, parameter in parameters.items() if id(parameter) in identities}
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from peft_dpzero.release.header import FORMAT_VERSION
 from peft_dpzero.release.journal import JOURNAL_NAME, JournalContent, JournalSegment, read_journal
 from peft_dpzero.release.ledger import record_of
 from peft_dpzero.release.record import RECORD_NAME
+from peft_dpzero.release.start import copy_start
 
 OLDER = "made by an older version"
 
@@ -93,16 +94,17 @@ class Evidence:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The base as it was before training, with an untrained adapter if the release is one.
+        """The base as it was before training, with the adapter that training began with if the release is one.
 
         Raises:
             Skipped: no base was given.
         """
         if self.base is None:
             raise Skipped("give --base")
-        if isinstance(self.base, nn.Module):
-            return self.base
-        return load_start_model(self.base, self.folder, self.model_class)
+        base = self.base
+        model = base if isinstance(base, nn.Module) else load_start_model(base, self.folder, self.model_class)
+        copy_start(model, [name for name, _, _ in self.segments[0].header["trainable"]], self.folder)
+        return model
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file of the release."""

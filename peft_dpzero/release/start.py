@@ -1,19 +1,20 @@
-"""Where training starts, as files and hashes: the trained parameters before any data is seen, and the basis."""
+"""Where training starts, as files and hashes: an adapter and all that is trained before data is seen, and the basis."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_dpzero.errors import DPZeroError
+from peft_dpzero.modules import adapter_parameters
 from peft_dpzero.perturbation.basis import Basis
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.release.digests import parameters_digest
@@ -25,13 +26,16 @@ BASIS_NAME = "dpzero_basis.safetensors"
 def save_start(model: Any, perturbation: Perturbation, folder: Path) -> None:
     """Writes an adapter's starting weights to `dpzero_start.safetensors`, since the base model does not tell them.
 
+    That holds for those that are not trained as well, such as LoRA's A where it is frozen.
+
     A model without an adapter starts at the base itself, and nothing is written.
     """
     path = folder / START_NAME
     if not hasattr(model, "peft_config"):
         path.unlink(missing_ok=True)
         return
-    _write(path, {name: p.detach().to("cpu").contiguous().clone() for name, p in perturbation.parameters.items()})
+    parameters = {**perturbation.parameters, **adapter_parameters(model)}
+    _write(path, {name: p.detach().to("cpu").contiguous().clone() for name, p in parameters.items()})
 
 
 def save_basis(basis: Basis | None, folder: Path) -> None:
@@ -64,9 +68,8 @@ def load_basis(folder: Path, digest: str) -> Basis:
     return basis
 
 
-@torch.no_grad()
 def load_start(perturbation: Perturbation, folder: Path, expected: str) -> None:
-    """Takes the trained parameters to where the run started.
+    """Takes the adapter and what is trained to where the run started.
 
     Args:
         perturbation: over the model.
@@ -77,8 +80,7 @@ def load_start(perturbation: Perturbation, folder: Path, expected: str) -> None:
         DPZeroError: the file's tensors do not fit the model; or the start is not the run's.
     """
     path = folder / START_NAME
-    if path.exists():
-        _copy(load_file(path), perturbation, path)
+    copy_start(perturbation.model, perturbation.parameters, folder)
     if parameters_digest(perturbation) != expected:
         raise DPZeroError(
             f"{path} is not the start of this run: restore it from a copy."
@@ -88,6 +90,30 @@ def load_start(perturbation: Perturbation, folder: Path, expected: str) -> None:
         )
 
 
+@torch.no_grad()
+def copy_start(model: nn.Module, trained: Collection[str], folder: Path) -> None:
+    """Gives `model` the tensors of `dpzero_start.safetensors` in `folder`, if there is one.
+
+    Args:
+        model: with its adapter. Beside it and what is trained, nothing is changed.
+        trained: names of the trained parameters.
+        folder: where the file lies.
+
+    Raises:
+        DPZeroError: its tensors do not fit the model.
+    """
+    path = folder / START_NAME
+    if not path.exists():
+        return
+    tensors = load_file(path)
+    own = {name: p for name, p in model.named_parameters() if name in trained} | adapter_parameters(model)
+    shapes = {name: own[name].shape for name in tensors if name in own}
+    if shapes != {name: tensor.shape for name, tensor in tensors.items()} or not shapes.keys() >= set(trained):
+        raise DPZeroError(f"{path} does not fit the model's adapter: build the model as for training.")
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+
+
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Puts a whole file on disk, or none."""
     unfinished = path.with_suffix(".tmp")
@@ -95,11 +121,3 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | No
     with unfinished.open("rb+") as file:
         os.fsync(file.fileno())
     os.replace(unfinished, path)
-
-
-def _copy(tensors: Mapping[str, Tensor], perturbation: Perturbation, path: Path) -> None:
-    shapes = {name: p.shape for name, p in perturbation.parameters.items()}
-    if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
-        raise DPZeroError(f"{path} does not fit the model's trainable parameters: build the model as for training.")
-    for name, parameter in perturbation.parameters.items():
-        parameter.copy_(tensors[name])

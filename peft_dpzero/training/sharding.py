@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.preferences import DPOTask
+from peft_dpzero.modules import adapter_parameters
 from peft_dpzero.processes import AcceleratedProcesses
 
 
@@ -281,10 +282,10 @@ def _embeddings(model: Any) -> Iterator[nn.Module]:
 
 
 def _kept_whole(model: Any) -> set[nn.Parameter]:
-    """What is trained, and embeddings that carry an adapter: PEFT saves them with it."""
+    """What is trained, the adapter, and embeddings that carry one: PEFT saves them with it."""
     adapted = [one for one in _embeddings(model) if any(p.requires_grad for p in one.parameters())]
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    return trained.union(*(module.parameters() for module in adapted))
+    return trained.union(adapter_parameters(model).values(), *(module.parameters() for module in adapted))
 
 
 class UnitOrder:

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PrefixTuningConfig, get_peft_model
-from peft_dpzero import DPZeroAdamW, DPZeroConfig, DPZeroError, DPZeroSGD, DPZeroTrainer, replay_journal
-from safetensors.torch import load_file
+from peft_dpzero import DPZeroAdamW, DPZeroConfig, DPZeroError, DPZeroSGD, DPZeroTrainer, replay_journal, verify
+from peft_dpzero.release.rebuild import rebuild
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, LlamaForCausalLM
 
-from tiny import arguments, tiny_dataset, tiny_model
+from tiny import adapted, arguments, tiny_dataset, tiny_model
 
 
 def trained(folder: Path, model: Any, kind: str, rule: str = "sgd", **changes: Any) -> DPZeroTrainer:
@@ -54,6 +55,30 @@ def test_adapters_come_out_of_the_journal(adapter: PeftConfig, distribution: str
     fresh = get_peft_model(AutoModelForSequenceClassification.from_pretrained(tmp_path / "base"), adapter)
     replay_journal(fresh, tmp_path / "run").save_pretrained(tmp_path / "made")
     assert same(tmp_path / "run", tmp_path / "made", "adapter_model.safetensors")
+
+
+def test_what_an_adapter_keeps_still_comes_out_too(tmp_path: Path) -> None:
+    base = tiny_model("classifier")
+    base.save_pretrained(tmp_path / "base")
+    model = adapted(base)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
+    trained(tmp_path / "run", model, "classifier")
+    torch.manual_seed(77)
+    rebuild(str(tmp_path / "base"), str(tmp_path / "run"), tmp_path / "made", None)
+    assert same(tmp_path / "run", tmp_path / "made", "adapter_model.safetensors")
+    checks = verify(tmp_path / "run", base=tmp_path / "base")
+    assert {check.status for check in checks if check.name in ("base", "start", "replay")} == {"ok"}
+
+
+def test_a_start_may_hold_nothing_of_the_base(tmp_path: Path) -> None:
+    model = adapted()
+    trained(tmp_path, model, "classifier")
+    path = tmp_path / "dpzero_start.safetensors"
+    frozen = next((name, p) for name, p in model.named_parameters() if "word_embeddings" in name)
+    save_file(load_file(path) | {frozen[0]: frozen[1].detach() + 1.0}, path)
+    with pytest.raises(DPZeroError, match="does not fit"):
+        replay_journal(adapted(), tmp_path)
 
 
 @pytest.mark.parametrize("rule", ["sgd", "adamw"])
