@@ -39,12 +39,11 @@ from peft_dpzero.release.journal import JournalSegment
 MADE_UP, PUBLIC = "made-up rows", "public text"
 # Rows that are looked at: about as many as a step has, since a row that comes twice is cheaper the second time.
 MOST_ROWS = 1024
-# Public rows whose slopes are read, and the part of the time that this may take, where there is a deadline.
-_READ, _READING = 32, 0.05
-# Of made-up rows: the longest, unless `max_length` is less, and the parts of it that those have whose slopes are read.
-# Others lie between the first part and the last.
+# Rows whose slopes are read, and the part of the time that this may take, where there is a deadline.
+_READ, _READ_AT_LEAST, _READING = 32, 4, 0.05
+# Of made-up rows: the longest, unless `max_length` is less, and between which parts of it their lengths lie.
 _LONGEST = 64
-_PARTS = (0.25, 0.5, 0.5, 0.75)
+_SHORTEST_PART, _LONGEST_PART = 0.25, 0.75
 # A step is timed twice, as the first warms up, unless nothing is kept of rows, there are so few steps that each counts
 # and it took no longer than this many times what was planned: something else may have run.
 _SURPRISING = 1.3
@@ -142,8 +141,8 @@ def _made_up_batches(probe: Probe, shapes: Shapes) -> list[MicroBatch]:
     """Made-up rows of many lengths as micro-batches of one."""
     longest = min(bound for bound in (shapes.max_length, shapes.limit, _LONGEST) if bound)
     drawn = Random(0)
-    others = (drawn.uniform(_PARTS[0], _PARTS[-1]) for _ in range(MOST_ROWS - len(_PARTS)))
-    rows = probe.data.rows_of([max(1, int(part * longest)) for part in (*_PARTS, *others)])
+    parts = (drawn.uniform(_SHORTEST_PART, _LONGEST_PART) for _ in range(MOST_ROWS))
+    rows = probe.data.rows_of([max(1, int(part * longest)) for part in parts])
     return [probe.data.batch(ProbeBatch([row], 0, len(row))) for row in rows]
 
 
@@ -169,12 +168,13 @@ def find_settings(
         DPZeroError: losses cannot be measured, or the time does not suffice.
     """
     losses = tried.passes.losses
-    read = rows[: _READ if source == PUBLIC else len(_PARTS)]
+    # A learning rate wants better slopes than a threshold that follows the norms anyway.
+    read = rows[: _READ if source == PUBLIC or sizes.deadline is not None else _READ_AT_LEAST]
     try:
         if sizes.deadline is not None:
             seconds = measure_seconds(losses, sorted(rows, key=_tokens)[len(rows) // 2], perturbation)
             affordable = rows_to_read(seconds, _READING * (sizes.deadline - time.monotonic()))
-            read = read[: max(affordable, len(_PARTS))]
+            read = read[: max(affordable, _READ_AT_LEAST)]
         slopes = find_slopes(losses, read, perturbation, config)
     except DPZeroError:
         raise
@@ -228,7 +228,7 @@ def find_settings(
             steps = max(FEWEST_STEPS, pace.steps(left))
             _warn_of_few(steps)
         once = pace.seconds(steps) / steps
-        rate = rate or learning_rate(slopes.typical, steps)
+        rate = rate or learning_rate(slopes.typical, steps, choice.signal(steps))
     chosen = Settings(
         source,
         settled.clipping_threshold if config.clipping_threshold is None else None,
