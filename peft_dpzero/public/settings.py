@@ -123,15 +123,6 @@ class Choice:
         """What is left of the estimates' variance after a run, and what gradients outside the coordinates cost."""
         return self.variance.total / self.steps + _OUTSIDE * math.pow(self.entries / BASIS_SIZES[0], _FALL)
 
-    def signal(self, steps: int) -> float:
-        """The part of the change of losses by a run of `steps` that the mean gradient makes, and not noise.
-
-        A move along the mean gradient g changes losses by ‖g‖² and one with variance v in each of d coordinates by
-        √v s: they go as SIGNAL_SHARE to √(v / s²).
-        """
-        noise = self.variance.total / (self.entries * steps)
-        return SIGNAL_SHARE**2 / (SIGNAL_SHARE**2 + noise)
-
     def proven(self, config: DPZeroConfig, num_units: int) -> Choice:
         """With the variance that the accountant's σ gives, in place of the formula's."""
         if config.target_epsilon is None or config.noise_multiplier is not None:
@@ -208,7 +199,7 @@ def choose_sizes(
     return min((one.proven(config, num_units) for one in finalists), key=attrgetter("error"))
 
 
-def learning_rate(slope: float, steps: int, share: float = 1.0) -> float:
+def learning_rate(slope: float, steps: int) -> float:
     """η with which the noise of a run of AdamW changes a loss by about `_WANDERING`, at a rate that falls to 0.
 
     Each number moves by η · (1 − t/T) in an unknown direction at each step: by η√(T/3) in all.
@@ -216,9 +207,8 @@ def learning_rate(slope: float, steps: int, share: float = 1.0) -> float:
     Args:
         slope: the usual size of a row's slope along a direction.
         steps: T.
-        share: of what updates do to losses, that which is not noise. Where there is less, they should be smaller.
     """
-    return _two_digits(share * _WANDERING / (slope * math.sqrt(steps / 3)))
+    return _two_digits(_WANDERING / (slope * math.sqrt(steps / 3)))
 
 
 def clipping_threshold(slopes: Slopes, num_directions: int) -> float:

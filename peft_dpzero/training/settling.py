@@ -228,7 +228,7 @@ def find_settings(
             steps = max(FEWEST_STEPS, pace.steps(left))
             _warn_of_few(steps)
         once = pace.seconds(steps) / steps
-        rate = rate or learning_rate(slopes.typical, steps, choice.signal(steps))
+        rate = rate or learning_rate(slopes.typical, steps)
     chosen = Settings(
         source,
         settled.clipping_threshold if config.clipping_threshold is None else None,

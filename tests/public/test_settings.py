@@ -99,19 +99,6 @@ def test_directions_lie_in_as_many_coordinates_as_time_tells() -> None:
     assert chosen(1e-2)[0] == 64
 
 
-def test_where_an_estimate_is_mostly_noise_the_rate_is_less() -> None:
-    config = DPZeroConfig(**OPEN, direction_distribution="orthogonal")
-    seconds = Seconds(row=0.0, again=0.0, point=1e-4)
-
-    def signal(directions: int, steps: int) -> float:
-        sizes = {"num_units": 5000, "entries": [64], "budget": 600.0, "batch": 64, "steps": steps}
-        return choose_sizes(config.replace(num_directions=directions), seconds, **sizes).signal(steps)
-
-    assert signal(64, 60) > 0.9
-    assert signal(2, 20) < 0.4
-    assert learning_rate(1.0, 20, 0.4) == pytest.approx(0.4 * learning_rate(1.0, 20), rel=0.05)
-
-
 def test_slopes_are_read_of_as_many_rows_as_time_affords() -> None:
     slow = Seconds(row=0.5, again=0.0, point=0.1)
     assert rows_to_read(slow, 100.0) == 20
