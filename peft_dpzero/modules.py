@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from peft import get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -29,10 +30,26 @@ def adapter_parameters(model: Any) -> dict[str, nn.Parameter]:
     """The parameters that the active adapter is saved with, trained or not, by name; none without an adapter."""
     if not hasattr(model, "peft_config"):
         return {}
-    parameters = dict(model.named_parameters())
-    saved = get_peft_model_state_dict(model, parameters, model.active_adapter, save_embedding_layers=False)
-    identities = {id(parameter) for parameter in saved.values()}
-    return {name: parameter for name, parameter in parameters.items() if id(parameter) in identities}
+    state = model.state_dict(keep_vars=True)
+    saved = get_peft_model_state_dict(model, state, model.active_adapter, save_embedding_layers=False)
+    identities = {id(tensor) for tensor in saved.values()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in identities}
+
+
+def lora_factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+    """The factors B and A that active adapters have: each one's name, itself, and the factor that it multiplies."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    layers: Iterator[Any] = (module for module in model.modules() if isinstance(module, LoraLayer))
+    for layer in layers:
+        for adapter in layer.active_adapters:
+            if adapter in layer.lora_A:
+                pair = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            elif adapter in layer.lora_embedding_A:
+                pair = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+            else:
+                continue
+            yield names[pair[0]], *pair
+            yield names[pair[1]], *reversed(pair)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -88,6 +88,7 @@ class Run(RunOnDisk):
         self, model: nn.Module, optimizer: DPZeroOptimizer, collate: Collator, task: Task, most_rows: int
     ) -> None:
         device = self.accelerator.device
+        self.keep_still(model)
         self.take_basis()
         perturbation = self.perturbation(model)
         place = partial(send_to_device, device=device)

@@ -104,6 +104,7 @@ class PreparingMixin(_Host):  # type: ignore[misc]
         if not self._compiles:
             self.accelerator.prepare_model(self.model.eval())
         run, minutes = self.run, self.dpzero_config.minutes or minutes
+        run.keep_still(self.model)
         if run.basis is None and self.public_text is not None:
             run.lie_in(self._found_basis(minutes))
         perturbation = run.perturbation(self.model)

@@ -23,7 +23,7 @@ from peft_dpzero.estimation.shapes import Shapes
 from peft_dpzero.estimation.units import units_by_column
 from peft_dpzero.mechanism.plan import PrivacyPlan
 from peft_dpzero.mechanism.private_sum import Released
-from peft_dpzero.modules import is_sharded
+from peft_dpzero.modules import is_sharded, lora_factors
 from peft_dpzero.perturbation.basis import Basis
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.processes import AcceleratedProcesses
@@ -120,6 +120,21 @@ class RunOnDisk:
         """Rows that a process draws in a step, on average, or at most so many if units hold several."""
         units = self.expected_batch_size / self.processes.count
         return units * (1 if self.units is None else self.units.max_examples)
+
+    def keep_still(self, model: nn.Module) -> None:
+        """Takes from what is trained LoRA's A where B is 0, or where a run goes on what it did not train.
+
+        No loss feels A then. Noise would move it all the same, and with it what a move of B does.
+        (FFA-LoRA: arXiv 2403.12313.)
+        """
+        trained = {name for name, _, _ in self.segments[0].header["trainable"]} if self._goes_on else None
+        still = []
+        for name, own, other in lora_factors(model):
+            without_effect = bool(own.any()) and not bool(other.any())
+            if own.requires_grad and (without_effect if trained is None else name not in trained):
+                still.append(own)
+        for parameter in still:
+            parameter.requires_grad_(False)
 
     def perturbation(self, model: nn.Module, streamed: frozenset[str] = frozenset()) -> Perturbation:
         """The run's directions over the trainable parameters of `model`."""

@@ -199,6 +199,7 @@ class DPZeroTrainerMixin(PreparingMixin, EvaluatingMixin, SavingMixin, Reporting
         self._weights_step = None
         with run.opened(folder, resume=bool(resume_from_checkpoint), **self._length):
             check_weights(self.model)
+            run.keep_still(self.model)
             self._prepare_run(deadline)
             if run.plan.steps < run.steps:
                 warnings.warn(

@@ -25,6 +25,7 @@ from peft_dpzero.mechanism.accountant import Accountant, Segment
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.release.journal import read_journal
 from peft_dpzero.step import PrivateStep
+from peft_dpzero.training.run import RunOnDisk
 from safetensors.torch import load_file
 from transformers import default_data_collator
 
@@ -105,6 +106,29 @@ def test_a_finished_run_is_trained_further(saving: dict[str, Any], tmp_path: Pat
     assert {check.status for check in verify(tmp_path / "release", tmp_path / "base")} == {"ok"}
     with pytest.raises(DPZeroError, match="raise target_epsilon"):
         run(tmp_path / "out", 9, target_epsilon=0.4, noise_multiplier=None).train(resume_from_checkpoint=True)
+
+
+def factors(trainer: DPZeroTrainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_" in name}
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_run_goes_on_with_the_factors_that_it_trained(
+    both: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(tmp_path / "out", 3, save_strategy="no")
+    with monkeypatch.context() as patched:
+        if both:  # as before A was kept still
+            patched.setattr(RunOnDisk, "keep_still", lambda self, model: None)
+        before = factors(first)
+        first.train()
+    after = factors(first)
+    assert all(torch.equal(before[name], after[name]) != (both or "lora_B" in name) for name in before)
+    more = run(tmp_path / "out", 5, seed=9, save_strategy="no")
+    more.model.load_state_dict(first.model.state_dict())  # B is not 0
+    more.train(resume_from_checkpoint=True)
+    for name, value in factors(more).items():
+        assert torch.equal(value, before[name]) != (both or "lora_B" in name), name
 
 
 def test_a_continued_run_resumes_within_its_segment(tmp_path: Path) -> None:
