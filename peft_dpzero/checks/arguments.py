@@ -90,6 +90,19 @@ def stop_checkpointing(model: Any) -> None:
         model.disable_input_require_grads()
 
 
+def check_adapter(model: nn.Module) -> None:
+    """Refuses adapters without PEFT's model around the base, whose releases could not be loaded or made again.
+
+    Raises:
+        DPZeroError: how to add one.
+    """
+    if hasattr(model, "peft_config") and not hasattr(model, "active_adapter"):
+        raise DPZeroError(
+            "The adapter was put into the model itself (add_adapter, inject_adapter_in_model): add it by "
+            "peft.get_peft_model(model, config), or load it by PeftModel.from_pretrained(…, is_trainable=True)."
+        )
+
+
 def check_weights(model: nn.Module) -> None:
     """Refuses models with NaN or infinite weights.
 

@@ -18,7 +18,7 @@ from typing import Any
 from accelerate.utils import is_compiled_module, send_to_device
 from torch import nn
 
-from peft_dpzero.checks.arguments import check_weights
+from peft_dpzero.checks.arguments import check_adapter, check_weights
 from peft_dpzero.checks.data import check_collator
 from peft_dpzero.checks.passes import try_model
 from peft_dpzero.errors import DPZeroError
@@ -65,6 +65,7 @@ class Run(RunOnDisk):
             raise DPZeroError("A compiled model is trained by DPZeroTrainer: pass the model itself here.")
         check_whole(model)
         check_collator(collate)
+        check_adapter(model)
         check_weights(model)
         with self.opened(folder, resume=True):
             self._begin_with(model, optimizer, collate, as_task(task, model), most_rows)

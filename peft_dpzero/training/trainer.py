@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from peft_dpzero.checks.arguments import (
+    check_adapter,
     check_arguments,
     check_weights,
     forward_only,
@@ -127,6 +128,7 @@ class DPZeroTrainerMixin(PreparingMixin, EvaluatingMixin, SavingMixin, Reporting
         if getattr(self, "optimizer", None) is not None:
             as_dpzero_optimizer(self.optimizer)
         check_compiled_parts(self.model)
+        check_adapter(self.model)
         bring_trained_into_memory(self.model)
         self.task = preference_task(self) or as_task(per_example_loss, self.model)
         check_whole(self.model)

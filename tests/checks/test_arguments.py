@@ -119,6 +119,10 @@ def test_models_that_cannot_be_tuned_are_refused(tmp_path: Path) -> None:
     unused.extra = torch.nn.Linear(2, 2)
     refused(tmp_path, "do not reach", model=unused)
 
+    injected = tiny_model("classifier")
+    injected.add_adapter(LoraConfig(r=2, target_modules=["query"]))
+    refused(tmp_path, "get_peft_model", model=injected)
+
 
 def test_a_model_that_would_be_built_again_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DPZeroError, match=r"pass model=model_init\(\)"):
