@@ -21,8 +21,9 @@ from peft_dpzero.public.scales import Pace, Seconds, Slopes
 
 # How large the mean gradient is, squared, beside a row's: not known before training, and about this early in it.
 SIGNAL_SHARE = 0.02
-# How much the noise in a run's updates may change a loss by its end.
-_WANDERING = 0.45
+# How much the noise in a run's updates may change a loss by its end, to first order, in a basis; and in all coordinates,
+# where there is more to bend.
+_WANDERING, _WANDERING_AT_LARGE = 0.45, 0.35
 # Smaller batches drown in noise, and of fewer rows each goes by itself.
 _BATCHES = tuple(64 << power for power in range(6))
 _DIRECTIONS = tuple(1 << power for power in range(10))
@@ -199,16 +200,18 @@ def choose_sizes(
     return min((one.proven(config, num_units) for one in finalists), key=attrgetter("error"))
 
 
-def learning_rate(slope: float, steps: int) -> float:
-    """η with which the noise of a run of AdamW changes a loss by about `_WANDERING`, at a rate that falls to 0.
+def learning_rate(slope: float, steps: int, in_basis: bool = True) -> float:
+    """η with which the noise of a run of AdamW changes a loss by about 0.45, at a rate that falls to 0.
 
     Each number moves by η · (1 − t/T) in an unknown direction at each step: by η√(T/3) in all.
 
     Args:
         slope: the usual size of a row's slope along a direction.
         steps: T.
+        in_basis: whether directions lie in a basis; where they do not, it is 0.35.
     """
-    return _two_digits(_WANDERING / (slope * math.sqrt(steps / 3)))
+    wandering = _WANDERING if in_basis else _WANDERING_AT_LARGE
+    return _two_digits(wandering / (slope * math.sqrt(steps / 3)))
 
 
 def clipping_threshold(slopes: Slopes, num_directions: int) -> float:

@@ -228,7 +228,7 @@ def find_settings(
             steps = max(FEWEST_STEPS, pace.steps(left))
             _warn_of_few(steps)
         once = pace.seconds(steps) / steps
-        rate = rate or learning_rate(slopes.typical, steps)
+        rate = rate or learning_rate(slopes.typical, steps, perturbation.basis is not None)
     chosen = Settings(
         source,
         settled.clipping_threshold if config.clipping_threshold is None else None,

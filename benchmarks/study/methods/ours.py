@@ -186,7 +186,7 @@ def _for_passes(
     arguments = {
         "max_steps": choice.steps,
         "per_device_train_batch_size": choice.expected_batch_size,
-        "learning_rate": learning_rate(slopes.typical, choice.steps),
+        "learning_rate": learning_rate(slopes.typical, choice.steps, trainer.run.basis is not None),
     }
     measured = measured.replace(num_directions=choice.num_directions)
     return _trainer(start, start.train, folder, measured, arguments, **options)
