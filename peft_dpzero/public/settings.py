@@ -21,8 +21,8 @@ from peft_dpzero.public.scales import Pace, Seconds, Slopes
 
 # How large the mean gradient is, squared, beside a row's: not known before training, and about this early in it.
 SIGNAL_SHARE = 0.02
-# How much the noise in a run's updates may change a loss by its end, to first order: in a basis, and in all coordinates,
-# where there is more to bend.
+# How much the noise in a run's updates may change a loss by its end, to first order: in a basis; and in all
+# coordinates, where there is more to bend.
 _WANDERING, _WANDERING_AT_LARGE = 0.45, 0.35
 # Smaller batches drown in noise, and of fewer rows each goes by itself.
 _BATCHES = tuple(64 << power for power in range(6))
