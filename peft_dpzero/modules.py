@@ -37,15 +37,18 @@ def adapter_parameters(model: Any) -> dict[str, nn.Parameter]:
 
 
 def lora_factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
-    """The factors B and A that active adapters have: each one's name, itself, and the factor that it multiplies."""
+    """The factors of products BA that active LoRA adapters add: each one's name, itself, and the other factor.
+
+    Those of AdaLoRA, BEA, are left out.
+    """
     names = {parameter: name for name, parameter in model.named_parameters()}
     layers: Iterator[Any] = (module for module in model.modules() if isinstance(module, LoraLayer))
     for layer in layers:
         for adapter in layer.active_adapters:
-            if adapter in layer.lora_A:
-                pair = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-            elif adapter in layer.lora_embedding_A:
+            if adapter in layer.lora_embedding_A:
                 pair = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+            elif isinstance(layer.lora_A, nn.ModuleDict) and adapter in layer.lora_A:
+                pair = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
             else:
                 continue
             yield names[pair[0]], *pair

@@ -100,7 +100,7 @@ def test_what_crosses_the_cable_is_the_parameters_once_and_then_the_sums(hosts: 
     # Ranks 0 and 1 are on one host. The tree of a broadcast crosses the cable twice, 0 → 2 and 1 → 3, and so do the
     # edges of the ring of an all-reduce, each with 2 (W − 1) / W of the tensor.
     step = 2 * sums + 2 * 2 * (PROCESSES - 1) / PROCESSES * sums
-    start = 2 * 4 * found[0]["trained"]
+    start = 2 * 4 * found[0]["adapter"]
     for crossed in found:
         assert step <= crossed["steps"] / WIRE_STEPS <= OVERHEAD * step
         assert start <= crossed["start"] <= OVERHEAD * start
