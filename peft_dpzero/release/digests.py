@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.modules import whole
+from peft_dpzero.modules import adapter_parameters, whole
 from peft_dpzero.perturbation.perturbation import Perturbation
 
 ADAPTER_NAME = "adapter_model.safetensors"
@@ -63,6 +63,13 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def parameters_digest(perturbation: Perturbation) -> str:
     """`digest` of the trained parameters, as they are now."""
     return digest(perturbation.parameters.items())
+
+
+def start_digest(perturbation: Perturbation) -> str:
+    """`digest` of the trained parameters and then of what else the adapter holds, as they are now."""
+    trained = perturbation.parameters
+    others = {name: p for name, p in adapter_parameters(perturbation.model).items() if name not in trained}
+    return digest([*trained.items(), *((name, others[name]) for name in sorted(others))])
 
 
 def model_files(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from peft_dpzero.mechanism.plan import PrivacyPlan
 from peft_dpzero.modules import class_of
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.release.adapter import adapter_header
-from peft_dpzero.release.digests import parameters_digest
+from peft_dpzero.release.digests import start_digest
 from peft_dpzero.release.frozen import frozen_header
 from peft_dpzero.release.journal import JournalSegment
 from peft_dpzero.release.optimizer import DPZeroOptimizer
@@ -47,7 +47,7 @@ def plan_header(
             adapter's configuration and a hash of its frozen weights. None takes the one that `perturbation` is over.
         chosen: the settings that were chosen and not given, and what from.
         frozen: from `frozen_header`, if all processes had to take part; None makes it here.
-        start: digest of the trained parameters at the start of the run; None takes them as they are now.
+        start: digest of the run's start; None takes parameters as they are now.
     """
     model = perturbation.model if model is None else model
     requested = plan.config if plan.requested is None else plan.requested
@@ -73,7 +73,7 @@ def plan_header(
         "frozen": frozen_header(model, perturbation.parameters) if frozen is None else frozen,
         "basis": None if perturbation.basis is None else perturbation.basis.digest(),
         "optimizer": optimizer.settings(perturbation),
-        "start": parameters_digest(perturbation) if start is None else start,
+        "start": start_digest(perturbation) if start is None else start,
     }
 
 

@@ -17,7 +17,7 @@ from peft_dpzero.errors import DPZeroError
 from peft_dpzero.modules import adapter_parameters
 from peft_dpzero.perturbation.basis import Basis
 from peft_dpzero.perturbation.perturbation import Perturbation
-from peft_dpzero.release.digests import parameters_digest
+from peft_dpzero.release.digests import start_digest
 
 START_NAME = "dpzero_start.safetensors"
 BASIS_NAME = "dpzero_basis.safetensors"
@@ -81,7 +81,7 @@ def load_start(perturbation: Perturbation, folder: Path, expected: str) -> None:
     """
     path = folder / START_NAME
     copy_start(perturbation.model, perturbation.parameters, folder)
-    if parameters_digest(perturbation) != expected:
+    if start_digest(perturbation) != expected:
         raise DPZeroError(
             f"{path} is not the start of this run: restore it from a copy."
             if path.exists()

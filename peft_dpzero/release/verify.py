@@ -157,8 +157,9 @@ def _start(evidence: Evidence) -> str:
     if not path.exists():
         raise Skipped("the run starts at the base model itself; give --base")
     header = evidence.segments[0].header
-    tensors = load_file(path)
-    if digest((name, tensors[name]) for name, _, _ in header["trainable"]) != header["start"]:
+    tensors, trained = load_file(path), [name for name, _, _ in header["trainable"]]
+    names = [*trained, *sorted(tensors.keys() - trained)]
+    if digest((name, tensors[name]) for name in names) != header["start"]:
         raise Failed(f"{START_NAME} is not the start that the journal names")
     return f"{START_NAME} is the start that the journal names; that it was drawn before data was read is not shown"
 

@@ -36,7 +36,7 @@ from peft_dpzero.estimation.tasks import Task, as_task
 from peft_dpzero.mechanism.plan import PrivacyPlan
 from peft_dpzero.mechanism.private_sum import Released
 from peft_dpzero.processes import AcceleratedProcesses, check_processes
-from peft_dpzero.release.digests import parameters_digest
+from peft_dpzero.release.digests import start_digest
 from peft_dpzero.release.optimizer import Estimate
 from peft_dpzero.training.checkpoints import checkpoint_step, checkpoint_to_resume
 from peft_dpzero.training.evaluating import EvaluatingMixin
@@ -215,10 +215,7 @@ class DPZeroTrainerMixin(PreparingMixin, EvaluatingMixin, SavingMixin, Reporting
             if checkpoint is not None and checkpoint_step(Path(checkpoint)) >= run.plan.steps:
                 return self._finished(checkpoint)
             output = super().train(checkpoint, *args, **kwargs)
-        if (
-            self.state.global_step
-            and parameters_digest(run.perturbation(self.model)) == run.segments[0].header["start"]
-        ):
+        if self.state.global_step and start_digest(run.perturbation(self.model)) == run.segments[0].header["start"]:
             warnings.warn("Training did not move the trainable parameters: is the learning rate 0?", stacklevel=2)
         return self._public_output(output)
 

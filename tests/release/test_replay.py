@@ -69,6 +69,9 @@ def test_what_an_adapter_keeps_still_comes_out_too(tmp_path: Path) -> None:
     assert same(tmp_path / "run", tmp_path / "made", "adapter_model.safetensors")
     checks = verify(tmp_path / "run", base=tmp_path / "base")
     assert {check.status for check in checks if check.name in ("base", "start", "replay")} == {"ok"}
+    path = tmp_path / "run" / "dpzero_start.safetensors"
+    save_file({name: 2 * tensor if "lora_A" in name else tensor for name, tensor in load_file(path).items()}, path)
+    assert next(check.status for check in verify(tmp_path / "run") if check.name == "start") == "FAILED"
 
 
 def test_a_start_may_hold_nothing_of_the_base(tmp_path: Path) -> None:
