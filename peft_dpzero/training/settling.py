@@ -47,6 +47,8 @@ _SHORTEST_PART, _LONGEST_PART = 0.25, 0.75
 # A step is timed twice, as the first warms up, unless nothing is kept of rows, there are so few steps that each counts
 # and it took no longer than this many times what was planned: something else may have run.
 _SURPRISING = 1.3
+# Runs of fewer steps have left a model worse than it was.
+_FEW_STEPS = 20
 # What steps take besides what was timed, and what is left for saving.
 _RESERVE = 1.1
 # The part of the time in which it is tried which rows may share a pass, at most.
@@ -291,7 +293,7 @@ def _seconds_a_step(
 
 
 def _warn_of_few(steps: int) -> None:
-    if steps < ENOUGH_STEPS:
+    if steps < _FEW_STEPS:
         warnings.warn(
             f"{steps} steps are all that `minutes` allow: noise may outweigh what so few teach, and leave the model "
             "worse than it was. Give more minutes, or train fewer or higher layers.",

@@ -564,6 +564,11 @@ def test_an_unexpected_failure_with_data_in_hand_quotes_none_of_it(
     assert not any(sentence in line for sentence in SENTENCES)
 
 
+def interruptible() -> None:
+    """In a new process: those that a shell starts in the background ignore interrupts, and so would their children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def interrupted(process: subprocess.Popen[str]) -> str:
     """What a process wrote that was interrupted: again, if the first time fell where Python drops exceptions."""
     for _ in range(3):
@@ -581,7 +586,8 @@ def test_interrupting_a_real_run_prints_one_line(recipe: Recipe, tmp_path: Path)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     command = [sys.executable, "-m", "peft_dpzero.cli.app", "train", str(path)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+    streams = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, preexec_fn=interruptible, **streams) as process:
         try:
             journal = tmp_path / "out" / "dpzero_journal"
             while not (journal.exists() and journal.read_bytes().count(b"\n") > 2) and process.poll() is None:
