@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -65,11 +65,16 @@ def parameters_digest(perturbation: Perturbation) -> str:
     return digest(perturbation.parameters.items())
 
 
-def start_digest(perturbation: Perturbation) -> str:
-    """`digest` of the trained parameters and then of what else the adapter holds, as they are now."""
-    trained = perturbation.parameters
-    others = {name: p for name, p in adapter_parameters(perturbation.model).items() if name not in trained}
-    return digest([*trained.items(), *((name, others[name]) for name in sorted(others))])
+def start_digest(perturbation: Perturbation, others: Collection[str] | None = None) -> str:
+    """`digest` of the trained parameters and then of what else the adapter holds, as they are now.
+
+    Args:
+        perturbation: over the model.
+        others: names of the latter, if not all: before them, runs noted none.
+    """
+    trained, adapter = perturbation.parameters, adapter_parameters(perturbation.model)
+    names = adapter.keys() - trained.keys() if others is None else others
+    return digest([*trained.items(), *((name, adapter[name]) for name in sorted(names))])
 
 
 def model_files(folder: Path) -> list[Path]:

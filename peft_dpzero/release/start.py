@@ -80,8 +80,8 @@ def load_start(perturbation: Perturbation, folder: Path, expected: str) -> None:
         DPZeroError: the file's tensors do not fit the model; or the start is not the run's.
     """
     path = folder / START_NAME
-    copy_start(perturbation.model, perturbation.parameters, folder)
-    if start_digest(perturbation) != expected:
+    others = copy_start(perturbation.model, perturbation.parameters, folder)
+    if start_digest(perturbation, others) != expected:
         raise DPZeroError(
             f"{path} is not the start of this run: restore it from a copy."
             if path.exists()
@@ -91,27 +91,35 @@ def load_start(perturbation: Perturbation, folder: Path, expected: str) -> None:
 
 
 @torch.no_grad()
-def copy_start(model: nn.Module, trained: Collection[str], folder: Path) -> None:
+def copy_start(model: nn.Module, trained: Collection[str], folder: Path) -> set[str]:
     """Gives `model` the tensors of `dpzero_start.safetensors` in `folder`, if there is one.
+
+    Those that are not trained get the file's dtype, too, as nothing else tells which they had.
 
     Args:
         model: with its adapter. Beside it and what is trained, nothing is changed.
         trained: names of the trained parameters.
         folder: where the file lies.
 
+    Returns: the names of those that are not trained.
+
     Raises:
         DPZeroError: its tensors do not fit the model.
     """
     path = folder / START_NAME
     if not path.exists():
-        return
+        return set()
     tensors = load_file(path)
     own = {name: p for name, p in model.named_parameters() if name in trained} | adapter_parameters(model)
     shapes = {name: own[name].shape for name in tensors if name in own}
     if shapes != {name: tensor.shape for name, tensor in tensors.items()} or not shapes.keys() >= set(trained):
         raise DPZeroError(f"{path} does not fit the model's adapter: build the model as for training.")
     for name, tensor in tensors.items():
-        own[name].copy_(tensor)
+        if name in trained:
+            own[name].copy_(tensor)
+        else:
+            own[name].data = tensor.to(own[name].device)
+    return tensors.keys() - set(trained)
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

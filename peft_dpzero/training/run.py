@@ -127,14 +127,15 @@ class RunOnDisk:
         No loss feels A then. Noise would move it all the same, and with it what a move of B does.
         (FFA-LoRA: arXiv 2403.12313.)
         """
-        trained = {name for name, _, _ in self.segments[0].header["trainable"]} if self._goes_on else None
-        still = []
-        for name, own, other in lora_factors(model):
-            without_effect = bool(own.any()) and not bool(other.any())
-            if own.requires_grad and (without_effect if trained is None else name not in trained):
-                still.append(own)
-        for parameter in still:
-            parameter.requires_grad_(False)
+        factors = list(lora_factors(model))
+        if self._goes_on:
+            trained = {name for name, _, _ in self.segments[0].header["trainable"]}
+            for name, own, _ in factors:
+                own.requires_grad_(name in trained)
+            return
+        for _, own, other in factors:
+            if own.requires_grad and other.requires_grad and bool(own.any()) and not bool(other.any()):
+                own.requires_grad_(False)
 
     def perturbation(self, model: nn.Module, streamed: frozenset[str] = frozenset()) -> Perturbation:
         """The run's directions over the trainable parameters of `model`."""

@@ -125,10 +125,19 @@ def test_a_run_goes_on_with_the_factors_that_it_trained(
     after = factors(first)
     assert all(torch.equal(before[name], after[name]) != (both or "lora_B" in name) for name in before)
     more = run(tmp_path / "out", 5, seed=9, save_strategy="no")
+    more.tune_on(minutes=0.1)  # as of a new run
     more.model.load_state_dict(first.model.state_dict())  # B is not 0
     more.train(resume_from_checkpoint=True)
     for name, value in factors(more).items():
         assert torch.equal(value, before[name]) != (both or "lora_B" in name), name
+
+
+def test_a_start_without_what_was_frozen_is_one_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        for place in ("release.start", "release.digests"):
+            patched.setattr(f"peft_dpzero.{place}.adapter_parameters", lambda model: {})
+        run(tmp_path / "out", 3, save_strategy="no").train()
+    assert run(tmp_path / "out", 5, save_strategy="no").train(resume_from_checkpoint=True).global_step == 5
 
 
 def test_a_continued_run_resumes_within_its_segment(tmp_path: Path) -> None:
