@@ -12,7 +12,6 @@ from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor
 
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.modules import adapter_parameters
 from peft_dpzero.perturbation.perturbation import Perturbation
 
 _T = TypeVar("_T")
@@ -59,9 +58,8 @@ class AcceleratedProcesses:
 
 def share_parameters(perturbation: Perturbation, processes: AcceleratedProcesses) -> None:
     """Gives every process the first one's adapter and what is trained, so that all start from the same model."""
-    parameters = {**perturbation.parameters, **adapter_parameters(perturbation.model)}
     with torch.no_grad():
-        for parameter in parameters.values():
+        for parameter in perturbation.with_adapter.values():
             parameter.copy_(processes.broadcast(parameter.detach()))
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_dpzero.errors import DPZeroError
+from peft_dpzero.modules import adapter_parameters
 from peft_dpzero.perturbation.basis import Basis, BasisDirections
 from peft_dpzero.perturbation.directions import Action, Directions
 from peft_dpzero.perturbation.streaming import streamed
@@ -96,6 +97,11 @@ class Perturbation:
         self._spare: dict[str, Tensor] = {}
         self._kept_step = -1
         self._kept: dict[tuple[int, torch.device], Tensor] = {}
+
+    @property
+    def with_adapter(self) -> dict[str, nn.Parameter]:
+        """θ and what else the adapter is saved with, by name: all that a run's start is made of beside its base."""
+        return {**self.parameters, **adapter_parameters(self.model)}
 
     def narrowed(self, size: int) -> Perturbation:
         """The same in the first `size` vectors of the basis alone."""

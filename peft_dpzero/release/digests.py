@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.modules import adapter_parameters, whole
+from peft_dpzero.modules import whole
 from peft_dpzero.perturbation.perturbation import Perturbation
 
 ADAPTER_NAME = "adapter_model.safetensors"
@@ -65,16 +65,10 @@ def parameters_digest(perturbation: Perturbation) -> str:
     return digest(perturbation.parameters.items())
 
 
-def start_digest(perturbation: Perturbation, others: Collection[str] | None = None) -> str:
-    """`digest` of the trained parameters and then of what else the adapter holds, as they are now.
-
-    Args:
-        perturbation: over the model.
-        others: names of the latter, if not all: before them, runs noted none.
-    """
-    trained, adapter = perturbation.parameters, adapter_parameters(perturbation.model)
-    names = adapter.keys() - trained.keys() if others is None else others
-    return digest([*trained.items(), *((name, adapter[name]) for name in sorted(names))])
+def start_digest(tensors: Mapping[str, Tensor], trained: Collection[str]) -> str:
+    """`digest` of a run's start: of what is `trained`, in its order, and then of the others by name."""
+    names = [*trained, *sorted(tensors.keys() - trained)]
+    return digest((name, tensors[name]) for name in names)
 
 
 def model_files(folder: Path) -> list[Path]:

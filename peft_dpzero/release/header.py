@@ -73,7 +73,7 @@ def plan_header(
         "frozen": frozen_header(model, perturbation.parameters) if frozen is None else frozen,
         "basis": None if perturbation.basis is None else perturbation.basis.digest(),
         "optimizer": optimizer.settings(perturbation),
-        "start": start_digest(perturbation) if start is None else start,
+        "start": start_digest(perturbation.with_adapter, perturbation.parameters) if start is None else start,
     }
 
 

@@ -34,8 +34,7 @@ def save_start(model: Any, perturbation: Perturbation, folder: Path) -> None:
     if not hasattr(model, "peft_config"):
         path.unlink(missing_ok=True)
         return
-    parameters = {**perturbation.parameters, **adapter_parameters(model)}
-    _write(path, {name: p.detach().to("cpu").contiguous().clone() for name, p in parameters.items()})
+    _write(path, {name: p.detach().to("cpu").contiguous().clone() for name, p in perturbation.with_adapter.items()})
 
 
 def save_basis(basis: Basis | None, folder: Path) -> None:
@@ -80,8 +79,10 @@ def load_start(perturbation: Perturbation, folder: Path, expected: str) -> None:
         DPZeroError: the file's tensors do not fit the model; or the start is not the run's.
     """
     path = folder / START_NAME
-    others = copy_start(perturbation.model, perturbation.parameters, folder)
-    if start_digest(perturbation, others) != expected:
+    trained = perturbation.parameters
+    # Starts of before hold what is trained alone.
+    held = copy_start(perturbation.model, trained, folder) or trained
+    if start_digest(held, trained) != expected:
         raise DPZeroError(
             f"{path} is not the start of this run: restore it from a copy."
             if path.exists()
@@ -91,7 +92,7 @@ def load_start(perturbation: Perturbation, folder: Path, expected: str) -> None:
 
 
 @torch.no_grad()
-def copy_start(model: nn.Module, trained: Collection[str], folder: Path) -> set[str]:
+def copy_start(model: nn.Module, trained: Collection[str], folder: Path) -> dict[str, nn.Parameter]:
     """Gives `model` the tensors of `dpzero_start.safetensors` in `folder`, if there is one.
 
     Those that are not trained get the file's dtype, too, as nothing else tells which they had.
@@ -101,14 +102,14 @@ def copy_start(model: nn.Module, trained: Collection[str], folder: Path) -> set[
         trained: names of the trained parameters.
         folder: where the file lies.
 
-    Returns: the names of those that are not trained.
+    Returns: what was given, by name.
 
     Raises:
         DPZeroError: its tensors do not fit the model.
     """
     path = folder / START_NAME
     if not path.exists():
-        return set()
+        return {}
     tensors = load_file(path)
     own = {name: p for name, p in model.named_parameters() if name in trained} | adapter_parameters(model)
     shapes = {name: own[name].shape for name in tensors if name in own}
@@ -119,7 +120,7 @@ def copy_start(model: nn.Module, trained: Collection[str], folder: Path) -> set[
             own[name].copy_(tensor)
         else:
             own[name].data = tensor.to(own[name].device)
-    return tensors.keys() - set(trained)
+    return {name: own[name] for name in tensors}
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

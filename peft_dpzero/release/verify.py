@@ -17,13 +17,13 @@ from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.release import claims
 from peft_dpzero.release.bundle import fetch_release, is_hashed, is_tolerated
 from peft_dpzero.release.digests import (
-    digest,
     file_digest,
     files_digest,
     is_weights,
     model_files,
     parameters_digest,
     saved_tensors,
+    start_digest,
 )
 from peft_dpzero.release.evidence import OLDER, Check, Evidence, Failed, Skipped
 from peft_dpzero.release.frozen import frozen_digest
@@ -157,9 +157,7 @@ def _start(evidence: Evidence) -> str:
     if not path.exists():
         raise Skipped("the run starts at the base model itself; give --base")
     header = evidence.segments[0].header
-    tensors, trained = load_file(path), [name for name, _, _ in header["trainable"]]
-    names = [*trained, *sorted(tensors.keys() - trained)]
-    if digest((name, tensors[name]) for name in names) != header["start"]:
+    if start_digest(load_file(path), [name for name, _, _ in header["trainable"]]) != header["start"]:
         raise Failed(f"{START_NAME} is not the start that the journal names")
     return f"{START_NAME} is the start that the journal names; that it was drawn before data was read is not shown"
 

@@ -215,7 +215,9 @@ class DPZeroTrainerMixin(PreparingMixin, EvaluatingMixin, SavingMixin, Reporting
             if checkpoint is not None and checkpoint_step(Path(checkpoint)) >= run.plan.steps:
                 return self._finished(checkpoint)
             output = super().train(checkpoint, *args, **kwargs)
-        if self.state.global_step and start_digest(run.perturbation(self.model)) == run.segments[0].header["start"]:
+        ended = run.perturbation(self.model)
+        start = run.segments[0].header["start"]
+        if self.state.global_step and start_digest(ended.with_adapter, ended.parameters) == start:
             warnings.warn("Training did not move the trainable parameters: is the learning rate 0?", stacklevel=2)
         return self._public_output(output)
 
