@@ -24,7 +24,7 @@ from torch import nn
 
 from peft_dpzero.checks.agreement import check_agreement
 from peft_dpzero.errors import DPZeroError, PrivateStepError
-from peft_dpzero.estimation.batching import LogicalBatches
+from peft_dpzero.estimation.batching import LogicalBatch, LogicalBatches
 from peft_dpzero.estimation.differences import estimate_differences, points_of
 from peft_dpzero.estimation.losses import Losses
 from peft_dpzero.mechanism.plan import PrivacyPlan
@@ -34,6 +34,9 @@ from peft_dpzero.processes import AcceleratedProcesses, check_processes, share_p
 from peft_dpzero.release.journal import Journal, JournalSegment
 from peft_dpzero.release.optimizer import DPZeroOptimizer, Estimate
 from peft_dpzero.release.replay import replayed_releases
+
+# Rows of which what is kept is computed together, at most, if a step has fewer.
+ROWS_AHEAD = 512
 
 
 @dataclass
@@ -98,6 +101,7 @@ class PrivateStep:
         self.mechanism = PrivateSum(self.config, plan.expected_batch_size, self.processes, plan.loss_interval)
         self.replayed = replayed_releases(segments, self.mechanism)
         self.made = max(len(self.replayed), plan.first_step)
+        self._ahead: dict[int, LogicalBatch] = {}
         check_processes(self.processes.count if self.processes else 1, batches.world_size)
         if self.processes and self.processes.count > 1:
             check_agreement(plan, batches, perturbation, len(self.replayed), self.processes.gather)
@@ -129,7 +133,7 @@ class PrivateStep:
         self.model.eval()
         failure: PrivateStepError | None = None
         try:
-            batch = self.batches.draw(step)
+            batch = self._drawn(step)
             lacking = self._lacking(len(batch.micro_batches))
             differences = estimate_differences(
                 self.losses,
@@ -154,6 +158,15 @@ class PrivateStep:
         self.made = step + 1
         released = self.mechanism.release(step, differences)
         return StepReport(Estimate(released, self.perturbation), self.mechanism.raw_loss(differences))
+
+    def _drawn(self, step: int) -> LogicalBatch:
+        """The batch of `step`. What is kept of rows is computed for some steps ahead, so that passes are fuller."""
+        if step not in self._ahead:
+            expected = max(1, round(self.plan.expected_batch_size / self.batches.world_size))
+            count = max(1, ROWS_AHEAD // expected) if self.losses.shortcuts.kept is not None else 1
+            self._ahead = {one: self.batches.draw(one) for one in range(step, min(step + count, self.plan.steps))}
+            self.losses.prepare([rows for batch in self._ahead.values() for rows in batch.micro_batches])
+        return self._ahead.pop(step)
 
     def _lacking(self, micro_batches: int) -> int:
         """How many passes this process runs less than another, if all must run as many."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from .results import atomically
 from .tasks import TASKS, Data, Rows, Task, load
 
 # The demo's own modules, found through `tasks`.
-from public_start import LONGEST, learn_softly, likeness, of_two_classes  # isort: skip
+from public_start import LONGEST, TEMPLATES, learn_softly, likeness, of_two_classes  # isort: skip
 from sentiment import BASE  # isort: skip
 
 # How far apart the classes of an ordinal scale are, in its own steps: the deviation of a soft label.
@@ -138,24 +138,55 @@ class Start:
 
 
 def minilm(task: Task, data: Data, seed: int, size: Size, weights: Path) -> Start:
-    """A stock BERT classifier of 22M parameters, LoRA in its last layer, that has learned from label words.
+    """A stock BERT classifier of 22M parameters, LoRA in its last layer, that has learned public text from label words.
 
     It writes no text.
     """
     set_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    base = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=task.classes)
+    tokenizer, base = _stock(task)
+    start = _started(_last_layer(base), tokenizer, infer_task(base), data, size, "{}")
+    _learn_once(weights, start, base, start.public_text)
+    return start
+
+
+def minilm_words(task: Task, data: Data, seed: int, size: Size, weights: Path) -> Start:
+    """The same where no public text is at hand: its head has learned the label words, and its LoRA is new."""
+    set_seed(seed)
+    tokenizer, base = _stock(task)
+    head = _started(base.requires_grad_(False), tokenizer, infer_task(base), data, size, "{}")
+    base.classifier.requires_grad_(True)
+    sentences = [template.format(word) for words in label_words() for word in words for template in TEMPLATES]
+    _learn_once(weights, head, base, sentences)
+    return replace(head, model=_last_layer(base).eval())
+
+
+def _last_layer(base: Any) -> Any:
+    """`base` with LoRA in its last layer."""
     lora = LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value", "dense"], layers_to_transform=[5])
-    model = get_peft_model(base, lora)
-    start = _started(model, tokenizer, infer_task(base), data, size, "{}")
+    return get_peft_model(base, lora)
+
+
+def _stock(task: Task) -> tuple[Any, Any]:
+    """The tokenizer and the classifier."""
+    base = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=task.classes)
+    return AutoTokenizer.from_pretrained(BASE), base
+
+
+def label_words() -> tuple[list[str], list[str]]:
+    """Negative ones and positive ones."""
+    words = json.loads((ROOT / "integrations" / "trainer" / "words.json").read_text())
+    return words["negative"], words["positive"]
+
+
+def _learn_once(weights: Path, start: Start, base: Any, texts: Sequence[str]) -> None:
+    """Teaches what is trained of `start` the texts' likeness to label words, unless `weights` has it from before."""
     if not weights.exists():
-        words = json.loads((ROOT / "integrations" / "trainer" / "words.json").read_text())
-        along = likeness(base.bert, tokenizer, (words["negative"], words["positive"]), start.public_text)
-        labels = of_two_classes(along) if task.classes == 2 else of_ordered_classes(along, task.classes)
-        learn_softly(model, tokenizer, start.public_text, labels, size.start_steps)
+        along = likeness(base.bert, start.tokenizer, label_words(), texts)
+        classes = base.config.num_labels
+        labels = of_two_classes(along) if classes == 2 else of_ordered_classes(along, classes)
+        learn_softly(start.model, start.tokenizer, texts, labels, start.size.start_steps)
         atomically(weights, lambda path: save_file(start.weights(), path))
     start.restore(load_file(weights))
-    return start
 
 
 def of_ordered_classes(likeness: Tensor, classes: int) -> Tensor:
@@ -209,12 +240,17 @@ def second_half(ids: Sequence[int]) -> list[int]:
     return [IGNORE] * given + list(ids[given:])
 
 
-MODELS: dict[str, Callable[[Task, Data, int, Size, Path], Start]] = {"minilm": minilm, "gemma": gemma}
+MODELS: dict[str, Callable[[Task, Data, int, Size, Path], Start]] = {
+    "minilm": minilm,
+    "minilm-words": minilm_words,
+    "gemma": gemma,
+}
+WRITERS = {"gemma"}
 
 
 def suits(model: str, task: str) -> bool:
     """Whether the model can do the task."""
-    return model != "minilm" or TASKS[task].classes > 0
+    return model in WRITERS or TASKS[task].classes > 0
 
 
 def started(model: str, task: str, seed: int, size: Size, folder: Path) -> Start:

@@ -87,9 +87,10 @@ def find_basis(
     gradients: dict[str, Tensor] = {}  # of those that are not always 0: [texts, d_i]
     model.eval()
     read: Callable[[MicroBatch], Tensor] | None = None
-    for number, chosen in enumerate(tqdm(order, desc="Public gradients", delay=_PATIENCE)):
-        if until is not None and number >= fewest and time.monotonic() > until:
-            logger.info("Time for the basis is over after %d of %d texts.", number, len(order))
+    done = 0
+    for chosen in tqdm(order, desc="Public gradients", delay=_PATIENCE):
+        if until is not None and done >= fewest and time.monotonic() > until:
+            logger.info("Time for the basis is over after %d of %d texts.", done, len(order))
             break
         row = place(collate([dict(rows[chosen])]))
         read = read or _reader(model, task, row)
@@ -99,11 +100,12 @@ def find_basis(
             if gradient is not None and (name in gradients or bool(gradient.any())):
                 if name not in gradients:
                     gradients[name] = torch.zeros(len(order), gradient.numel())
-                gradients[name][number] = gradient.flatten()
+                gradients[name][done] = gradient.flatten()
+        done += 1
     moved = [name for name in parameters if name in gradients]
     if not moved:
         raise DPZeroError("No trainable parameter moves the loss on public_text: is the adapter active?")
-    return Basis.of(_top_vectors([gradients[name] for name in moved], size), moved)
+    return Basis.of(_top_vectors([gradients[name][:done] for name in moved], size), moved)
 
 
 @torch.no_grad()

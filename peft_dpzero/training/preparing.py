@@ -40,7 +40,7 @@ else:
     _Host = object
 
 # The part of `minutes` after which a basis is made of the gradients that there are.
-_FOR_BASIS = 0.25
+_FOR_BASIS = 0.1
 
 
 class PreparingMixin(_Host):  # type: ignore[misc]
