@@ -46,8 +46,6 @@ logger = logging.getLogger(__name__)
 _LONGEST = 1024
 # Of fewer rows a step than so many times the points that can be stacked, each goes alone, without padding: measured.
 _ROWS_A_POINT = 4
-# The part of a step's rows that are taken to have one length, where time is short and lengths are not known.
-_USUAL_SHARE = 1 / 16
 # Seconds after which progress is shown.
 _PATIENCE = 5
 
@@ -180,7 +178,7 @@ class Probe:
             config: the run's settings.
             likely: tokens of rows that are like the run's: the lengths that most of them have are tried first.
             until: when no further length is tried, by `time.monotonic`; of numbers of rows then only powers of two are,
-                and none above what a step is expected to have of the length.
+                and none above what `likely` lets a step expect of the length.
         """
         if shapes.alone or not self.suits(losses.model):
             return shapes
@@ -198,8 +196,8 @@ class Probe:
                 break
             wanted = shapes.wanted_counts(length)
             if until is not None:
-                share = common[length] / len(likely) if likely else _USUAL_SHARE
-                wanted = powers_of_two(min(wanted[-1], round(share * shapes.expected_rows)))
+                expected = shapes.expected_rows * common[length] / len(likely) if likely else wanted[-1]
+                wanted = powers_of_two(min(wanted[-1], round(expected)))
             if wanted == [1]:
                 continue
             counts = self._alike_counts(perturbation, losses, length, wanted, points)

@@ -175,6 +175,10 @@ def test_lengths_that_public_rows_have_are_tried_first_and_until_time_is_over(mo
     assert tried[:3] == [20, 32, 4]
     assert sorted(tried) == sorted(found.together) == shapes.lengths(64)
     tried.clear()
+    soon = time.monotonic() + 60
+    found = probe.tried_shapes(perturbation, losses, shapes, config, likely=[30, 30, 18] * 400 + [100], until=soon)
+    assert tried == [32, 20], "of 104 a step has less than two"
+    tried.clear()
     over = probe.tried_shapes(perturbation, losses, shapes, config, until=time.monotonic() - 1)
     assert not tried
     assert not over.together

@@ -11,21 +11,23 @@ from typing import Any
 
 import pytest
 import torch
-from peft_dpzero import infer_task
+from peft_dpzero import infer_task, step
 from peft_dpzero.checks.probe import Probe
 from peft_dpzero.estimation.batching import LogicalBatches
 from peft_dpzero.estimation.differences import estimate_differences, losses_at
 from peft_dpzero.estimation.losses import Losses
-from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
+from peft_dpzero.estimation.sampling import SECRET_BYTES, PoissonSampler, new_secret
 from peft_dpzero.estimation.shapes import Shapes
 from peft_dpzero.estimation.shortcuts import kept_trunk
+from peft_dpzero.mechanism.plan import make_plan
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.public import scales
 from peft_dpzero.public.scales import Pace, measure_seconds
+from peft_dpzero.release.optimizer import DPZeroSGD
 from torch import Tensor, nn
 from transformers import default_data_collator
 
-from tiny import tiny_lora, token_rows
+from tiny import explicit, tiny_dataset, tiny_lora, token_rows
 
 CPU = torch.device("cpu")
 POINTS = [(0, 0.0), (0, 1e-2), (1, 1e-2), (2, -1e-2)]
@@ -111,6 +113,34 @@ def test_rows_that_are_new_go_in_passes_of_the_steps_own_sizes() -> None:
     lower_layer(model).register_forward_hook(lambda module, args, output: seen.append(len(output)))
     losses.prepare([mixed, full])
     assert sorted(seen) == [1, 4]
+
+
+def test_new_rows_of_several_steps_share_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no release differs."""
+    data = tiny_dataset("classifier", 96)
+    plan = make_plan(explicit(noise_multiplier=0.0, target_delta=1e-5, num_directions=2), len(data), 8, 6)
+
+    def released(rows_ahead: int) -> tuple[list[Any], int]:
+        monkeypatch.setattr(step, "ROWS_AHEAD", rows_ahead)
+        model = upper("classifier")
+        losses, perturbation = losses_of(model), Perturbation(model)
+        sampler = PoissonSampler(len(data), plan.sample_rate, bytes(SECRET_BYTES))
+        shapes = Shapes(8, 8, together=dict.fromkeys(range(64), (1, 2, 4)))
+        made = step.PrivateStep(
+            model,
+            plan,
+            batches=LogicalBatches(data, sampler, default_data_collator, shapes),
+            losses=losses,
+            perturbation=perturbation,
+            optimizer=DPZeroSGD(perturbation.parameters.values()),
+        )
+        seen = counted(lower_layer(model))
+        return [made(number).estimate.released.values for number in range(6)], seen["calls"]
+
+    (plain, calls), (ahead, fewer) = released(1), released(64)
+    assert plain == ahead
+    assert any(map(any, plain))
+    assert fewer < calls
 
 
 def test_what_is_needed_above_is_not_left_out() -> None:
