@@ -62,6 +62,7 @@ class Trials:
         self.model = model
         self.task = task
         self.perturbation = perturbation
+        self._losses = Losses(model, task, dict)
         self._batch = batch
         self._lone = lone
         self._tolerance = tolerance
@@ -77,7 +78,7 @@ class Trials:
         batch = batch or self._batch
         if "labels" not in batch:
             return None
-        losses = Losses(self.model, self.task, dict, shortcuts)
+        losses = self._losses.with_shortcuts(shortcuts)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -131,7 +132,7 @@ class Trials:
     @cached_property
     def _stack(self) -> list[Point]:
         """As few points as are stacked at all."""
-        return [(k, SCALE) for k in range(Losses(self.model, self.task, dict).fewest_stacked)]
+        return [(k, SCALE) for k in range(self._losses.fewest_stacked)]
 
     @cached_property
     def _plain_at_stacks(self) -> list[Tensor | None]:

@@ -6,6 +6,7 @@ tokens before it is used.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -104,9 +105,15 @@ class Losses:
         with self._state.kept():
             return self._losses(batch).to("cpu", torch.float64)
 
+    def with_shortcuts(self, shortcuts: Shortcuts) -> Losses:
+        """Those of the same model, read with these."""
+        other = copy.copy(self)
+        other.shortcuts = shortcuts
+        return other
+
     def without_kept(self) -> Losses:
         """The same, and nothing is kept from step to step."""
-        return Losses(self.model, self.task, self.place, replace(self.shortcuts, kept=None))
+        return self.with_shortcuts(replace(self.shortcuts, kept=None))
 
     @torch.no_grad()
     def prepare(self, micro_batches: Sequence[MicroBatch]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from random import Random
@@ -23,7 +24,7 @@ from peft_dpzero.estimation.losses import MicroBatch
 from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
 from peft_dpzero.estimation.shapes import Shapes, as_row
 from peft_dpzero.perturbation.perturbation import Perturbation
-from peft_dpzero.public.scales import Pace, Slopes, find_slopes, measure_seconds, rows_to_read
+from peft_dpzero.public.scales import Pace, Seconds, Slopes, find_slopes, measure_seconds, rows_to_read
 from peft_dpzero.public.settings import (
     BASIS_SIZES,
     ENOUGH_STEPS,
@@ -170,34 +171,14 @@ def find_settings(
         DPZeroError: losses cannot be measured, or the time does not suffice.
     """
     losses = tried.passes.losses
-    # A learning rate wants better slopes than a threshold that follows the norms anyway.
-    read = rows[: _READ if source == PUBLIC or sizes.deadline is not None else _READ_AT_LEAST]
-    try:
-        if sizes.deadline is not None:
-            seconds = measure_seconds(losses, sorted(rows, key=_tokens)[len(rows) // 2], perturbation)
-            affordable = rows_to_read(seconds, _READING * (sizes.deadline - time.monotonic()))
-            read = read[: max(affordable, _READ_AT_LEAST)]
+    with _saying_what_to_give(source):
+        seconds = None if sizes.deadline is None else measure_seconds(losses, _usual(rows), perturbation)
+        read = _rows_to_read(rows, source, seconds, sizes.deadline)
         slopes = find_slopes(losses, read, perturbation, config)
-    except DPZeroError:
-        raise
-    except Exception as error:  # A user's function may want labels that nobody can make up.
-        raise DPZeroError(
-            f"The loss cannot be measured on {source} ({type(error).__name__}): give clipping_threshold and "
-            "smoothing_parameter."
-        ) from error
-    batch, directions, steps = sizes.batch, config.known_directions, sizes.steps
-    choice, once = None, None
-    if sizes.deadline is not None:
-        choice = choose_sizes(
-            config.replace(difference=slopes.difference),
-            seconds,
-            num_units=sizes.num_units,
-            entries=_coordinates(config, perturbation),
-            budget=(1 - _TRYING) * (sizes.deadline - time.monotonic()) / _RESERVE,
-            processes=sizes.processes,
-            batch=batch,
-            steps=steps,
-        )
+    batch, directions = sizes.batch, config.known_directions
+    choice = None
+    if seconds is not None:
+        choice = _choice(config.replace(difference=slopes.difference), seconds, perturbation, sizes)
         batch, directions = choice.expected_batch_size, choice.num_directions
         if choice.entries < perturbation.num_coordinates:
             perturbation = perturbation.narrowed(choice.entries)
@@ -219,16 +200,12 @@ def find_settings(
         most_rows=sizes.most_rows or max(1, round(expected)),
         max_tokens=sizes.max_tokens,
         likely=[_tokens(row) for row in rows] if source == PUBLIC else (),
-        until=None if sizes.deadline is None else _after(_TRYING, sizes.deadline),
+        until=None if sizes.deadline is None else time.monotonic() + _TRYING * _left(sizes.deadline),
     )
-    rate = sizes.learning_rate
-    if sizes.deadline is not None and choice is not None:
-        count = max(1, round(expected))
-        pace = _measured_pace(passes, perturbation, settled, rows, count, choice)
-        left = (sizes.deadline - time.monotonic()) / _RESERVE
-        if steps is None:
-            steps = max(FEWEST_STEPS, pace.steps(left))
-            _warn_of_few(steps)
+    steps, rate, once = sizes.steps, sizes.learning_rate, None
+    if choice is not None:
+        pace = _measured_pace(passes, perturbation, settled, rows, max(1, round(expected)), choice)
+        steps = steps or _steps(pace, sizes.deadline)
         once = pace.seconds(steps) / steps
         rate = rate or learning_rate(slopes.typical, steps, perturbation.basis is not None)
     chosen = Settings(
@@ -243,6 +220,63 @@ def find_settings(
         basis_size if config.basis_size is None else None,
     )
     return Measured(chosen, passes, slopes, choice, once)
+
+
+@contextmanager
+def _saying_what_to_give(source: str) -> Iterator[None]:
+    """Within the block, what cannot be measured is an error that says what to give in its place."""
+    try:
+        yield
+    except DPZeroError:
+        raise
+    except Exception as error:  # A user's function may want labels that nobody can make up.
+        raise DPZeroError(
+            f"The loss cannot be measured on {source} ({type(error).__name__}): give clipping_threshold and "
+            "smoothing_parameter."
+        ) from error
+
+
+def _rows_to_read(
+    rows: Sequence[MicroBatch], source: str, seconds: Seconds | None, deadline: float | None
+) -> Sequence[MicroBatch]:
+    """Those whose slopes are read: a learning rate wants more than a threshold that follows the norms anyway."""
+    if seconds is None or deadline is None:
+        return rows[: _READ if source == PUBLIC else _READ_AT_LEAST]
+    affordable = rows_to_read(seconds, _READING * _left(deadline))
+    return rows[: min(_READ, max(affordable, _READ_AT_LEAST))]
+
+
+def _choice(config: DPZeroConfig, seconds: Seconds, perturbation: Perturbation, sizes: Sizes) -> Choice:
+    """The sizes for the time that trying shapes leaves."""
+    assert sizes.deadline is not None
+    return choose_sizes(
+        config,
+        seconds,
+        num_units=sizes.num_units,
+        entries=_coordinates(config, perturbation),
+        budget=(1 - _TRYING) * _left(sizes.deadline) / _RESERVE,
+        processes=sizes.processes,
+        batch=sizes.batch,
+        steps=sizes.steps,
+    )
+
+
+def _steps(pace: Pace, deadline: float | None) -> int:
+    """T that the time allows."""
+    assert deadline is not None
+    steps = max(FEWEST_STEPS, pace.steps(_left(deadline) / _RESERVE))
+    if steps < _FEW_STEPS:
+        warnings.warn(
+            f"{steps} steps are all that `minutes` allow: noise may outweigh what so few teach, and leave the model "
+            "worse than it was. Give more minutes, or train fewer or higher layers.",
+            stacklevel=3,
+        )
+    return steps
+
+
+def _left(deadline: float) -> float:
+    """Seconds until then."""
+    return deadline - time.monotonic()
 
 
 def _coordinates(config: DPZeroConfig, perturbation: Perturbation) -> Sequence[int]:
@@ -292,23 +326,13 @@ def _seconds_a_step(
     return time.perf_counter() - start
 
 
-def _warn_of_few(steps: int) -> None:
-    if steps < _FEW_STEPS:
-        warnings.warn(
-            f"{steps} steps are all that `minutes` allow: noise may outweigh what so few teach, and leave the model "
-            "worse than it was. Give more minutes, or train fewer or higher layers.",
-            stacklevel=2,
-        )
-
-
-def _after(part: float, deadline: float) -> float:
-    """When this part of the time that is left until `deadline` will be over."""
-    now = time.monotonic()
-    return now + part * (deadline - now)
-
-
 def _only(rows: list[Any]) -> dict[str, Any]:
     return dict(rows[0])
+
+
+def _usual(rows: Sequence[MicroBatch]) -> MicroBatch:
+    """One of usual length."""
+    return sorted(rows, key=_tokens)[len(rows) // 2]
 
 
 def _tokens(row: MicroBatch) -> int:
