@@ -16,6 +16,7 @@ TINY = {"MINUTES": None, "STEPS": 5, "PUBLIC_TEXTS": 40, "START_STEPS": 2, "BASI
 OF_A_MACHINE = re.compile(r"(?<![.\w])/(?:home|root|tmp|work|usr|opt|Users)/|site-packages|127\.0\.0\.1|localhost")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not ARCHIVE.exists(), reason=f"make {ARCHIVE.parent.name}/{ARCHIVE.name} fetches the data")
 def test_the_notebook_runs(tmp_path: Path) -> None:
     cells = executed(TINY | {"OUTPUT": str(tmp_path / "run")}).cells

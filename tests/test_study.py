@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,14 @@ def test_what_is_written_is_compared_token_by_token(side: str, writer: Start, mo
     assert writer.accuracy() == pytest.approx(sum(right) / len(right))
 
 
-@pytest.mark.parametrize("name", ["adamw", "ours", "dpzero", "published", "pazo-p", "first-order-basis", "opacus"])
+def some_slow(names: Sequence[str], quick: str) -> list[Any]:
+    """All of `names`, of which `make test` tries `quick` and `make slow` the others."""
+    return [pytest.param(name, marks=() if name == quick else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize(
+    "name", some_slow(["adamw", "ours", "dpzero", "published", "pazo-p", "first-order-basis", "opacus"], "ours")
+)
 def test_methods_learn_to_write(name: str, writer: Start, tmp_path: Path) -> None:
     method, before = METHODS[name], writer.weights()
     clock = Clock(Budget.of("800p"))
@@ -218,7 +226,7 @@ def test_public_gradients_give_the_slope_along_their_combination(start: Start) -
     assert reader.read([]).shape == (0, 1)
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", some_slow(list(METHODS), "ours"))
 def test_every_method_keeps_its_budgets_and_moves_the_model(name: str, start: Start, tmp_path: Path) -> None:
     method, before = METHODS[name], start.weights()
     clock = Clock(Budget.of("800p"))

@@ -27,8 +27,9 @@ from peft_dpzero.estimation.tasks import Task, as_task
 from peft_dpzero.public.settings import Settings
 from peft_dpzero.release.optimizer import DPZeroOptimizer
 from peft_dpzero.release.staging import put_in_place, staging
+from peft_dpzero.training.measured_rows import rows_to_measure
 from peft_dpzero.training.run import RunOnDisk
-from peft_dpzero.training.settling import find_settings, rows_to_measure
+from peft_dpzero.training.settling import find_settings
 from peft_dpzero.training.sharding import check_whole
 
 

@@ -23,16 +23,9 @@ from peft_dpzero.perturbation.perturbation import KEPT_ENTRIES_IN_BASIS, Perturb
 from peft_dpzero.public.basis import find_basis
 from peft_dpzero.public.rows import public_rows
 from peft_dpzero.public.settings import BASIS_SIZES, Settings
+from peft_dpzero.training.measured_rows import MOST_ROWS, PUBLIC, public_batches, rows_to_measure
 from peft_dpzero.training.run import RunOnDisk
-from peft_dpzero.training.settling import (
-    MOST_ROWS,
-    PUBLIC,
-    Given,
-    Measured,
-    find_settings,
-    public_batches,
-    rows_to_measure,
-)
+from peft_dpzero.training.settling import Given, Measured, find_settings
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Host

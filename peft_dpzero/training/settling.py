@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
-from random import Random
 from typing import Any
 
 from transformers import TrainingArguments
 
 from peft_dpzero.checks.passes import Passes, TriedModel
-from peft_dpzero.checks.probe import Probe
-from peft_dpzero.checks.synthetic import ProbeBatch
 from peft_dpzero.config import DEFAULT_DIRECTIONS, DPZeroConfig, SettledConfig
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.batching import LogicalBatches
 from peft_dpzero.estimation.differences import estimate_differences
 from peft_dpzero.estimation.losses import MicroBatch
 from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
-from peft_dpzero.estimation.shapes import Shapes, as_row
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.public.scales import Pace, Seconds, Slopes, find_slopes, measure_seconds, rows_to_read
 from peft_dpzero.public.settings import (
@@ -36,15 +32,10 @@ from peft_dpzero.public.settings import (
     learning_rate,
 )
 from peft_dpzero.release.journal import JournalSegment
+from peft_dpzero.training.measured_rows import PUBLIC
 
-MADE_UP, PUBLIC = "made-up rows", "public text"
-# Rows that are looked at: about as many as a step has, since a row that comes twice is cheaper the second time.
-MOST_ROWS = 1024
 # Rows whose slopes are read, and the part of the time that this may take, where there is a deadline.
 _READ, _READ_AT_LEAST, _READING = 32, 4, 0.05
-# Of made-up rows: the longest, unless `max_length` is less, and between which parts of it their lengths lie.
-_LONGEST = 64
-_SHORTEST_PART, _LONGEST_PART = 0.25, 0.75
 # A step is timed twice, as the first warms up, unless nothing is kept of rows, there are so few steps that each counts
 # and it took no longer than this many times what was planned: something else may have run.
 _SURPRISING = 1.3
@@ -131,22 +122,6 @@ def settings_of(segments: Sequence[JournalSegment]) -> Settings | None:
     """What was chosen for the run that a journal is of; None if nothing was."""
     chosen = segments[0].header.get("chosen") if segments else None
     return None if chosen is None else Settings(**chosen)
-
-
-def public_batches(rows: Sequence[Any], collate: Callable[[list[Any]], Any], tried: TriedModel) -> list[MicroBatch]:
-    """Public rows as micro-batches of one, padded as in training; those that training would leave out are."""
-    shapes = tried.passes.shapes
-    made = (as_row(collate([row])) for row in islice(rows, MOST_ROWS))
-    return [shapes.padded(row) for row in made if shapes.fits(row)]
-
-
-def _made_up_batches(probe: Probe, shapes: Shapes) -> list[MicroBatch]:
-    """Made-up rows of many lengths as micro-batches of one."""
-    longest = min(bound for bound in (shapes.max_length, shapes.limit, _LONGEST) if bound)
-    drawn = Random(0)
-    parts = (drawn.uniform(_SHORTEST_PART, _LONGEST_PART) for _ in range(MOST_ROWS))
-    rows = probe.data.rows_of([max(1, int(part * longest)) for part in parts])
-    return [probe.data.batch(ProbeBatch([row], 0, len(row))) for row in rows]
 
 
 def find_settings(
@@ -337,19 +312,3 @@ def _usual(rows: Sequence[MicroBatch]) -> MicroBatch:
 
 def _tokens(row: MicroBatch) -> int:
     return max((value.numel() for value in row.values() if hasattr(value, "numel")), default=0)
-
-
-def rows_to_measure(tried: TriedModel, public: Sequence[MicroBatch]) -> tuple[Sequence[MicroBatch], str]:
-    """Rows to measure on, and what they are.
-
-    Raises:
-        DPZeroError: there are no public ones, and none can be made up.
-    """
-    if public:
-        return public, PUBLIC
-    if tried.probe is None:
-        raise DPZeroError(
-            "The model reads no tokens, so that nothing can be measured on made-up ones: give clipping_threshold and "
-            "smoothing_parameter, or public_text."
-        )
-    return _made_up_batches(tried.probe, tried.passes.shapes), MADE_UP

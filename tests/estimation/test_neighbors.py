@@ -134,13 +134,14 @@ def test_a_long_row_leaves_no_state_behind(buffered: bool) -> None:
 # ---- Rounding ----
 
 
-@pytest.mark.parametrize("shortcuts", SHORTCUTS)
+@pytest.mark.parametrize("shortcuts", ["chosen", pytest.param("plain", marks=pytest.mark.slow)])
 def test_in_half_precision_one_more_row_changes_no_rounding(shortcuts: str) -> None:
     model = build(BY_NAME["Llama"], torch.bfloat16)
     rows = rows_with("causal_lm", [4 + 7 * number % 37 for number in range(48)], stranger=29)
     assert_strangers(when_one_joins(model, infer_task(model), rows, shortcuts=shortcuts))
 
 
+@pytest.mark.slow
 def test_under_autocast_one_more_row_changes_no_rounding() -> None:
     model = build(replace(BY_NAME["BERT"], changes={"hidden_size": 64, "intermediate_size": 256}))
     rows = rows_with("classifier", [4 + 7 * number % 37 for number in range(48)], stranger=29)
@@ -244,6 +245,7 @@ def normalized(outputs: Any, labels: Tensor) -> Tensor:
     return losses / (losses.mean() + 1e-6)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_normalized_over_the_batch_is_found_in_half_precision() -> None:
     model = build(BY_NAME["BERT"], torch.bfloat16)
     rows = rows_with("classifier", [8] * 6, stranger=8)

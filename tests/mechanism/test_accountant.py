@@ -37,7 +37,7 @@ def test_calibration_finds_the_smallest_noise(rate: float, steps: int, target: f
 )
 @example(0.001, (1 / 10, 300), "add_or_remove_one")
 @example(100.0, (1 / 10, 300), "replace_one")
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 def test_no_calibrated_run_passes_its_target(target: float, shape: tuple[float, int], neighboring: str) -> None:
     (rate, steps), units = shape, 2000
     config = DPZeroConfig(target_epsilon=target, target_delta=1e-5, neighboring=neighboring)
@@ -55,6 +55,7 @@ def test_a_continued_run_keeps_its_target() -> None:
     assert 2.9 < ACCOUNTANT.epsilon((*spent, Segment(sigma, 0.02, 200))) <= 3.0
 
 
+@pytest.mark.slow
 def test_a_slow_calibration_is_announced(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         ACCOUNTANT.noise_multiplier(2.0, 0.05, 20)

@@ -21,7 +21,7 @@ from peft_dpzero.public.scales import Seconds, find_slopes, measure_slopes, rows
 from peft_dpzero.public.settings import choose_sizes, learning_rate, rough_noise
 from peft_dpzero.release.journal import read_journal
 from peft_dpzero.training import settling
-from peft_dpzero.training.settling import rows_to_measure
+from peft_dpzero.training.measured_rows import MOST_ROWS, rows_to_measure
 
 from tiny import adapted, arguments, tiny_dataset, tiny_model
 
@@ -145,7 +145,7 @@ def test_no_two_made_up_rows_are_alike_so_that_none_is_kept_when_a_step_is_timed
     model = adapted().eval()
     tried = try_model(Perturbation(model), infer_task(model), DPZeroConfig(**OPEN), dict, device=torch.device("cpu"))
     rows, _ = rows_to_measure(tried, [])
-    assert len({tuple(row["input_ids"][0].tolist()) for row in rows}) == len(rows) == settling.MOST_ROWS
+    assert len({tuple(row["input_ids"][0].tolist()) for row in rows}) == len(rows) == MOST_ROWS
     assert len({row["input_ids"].shape for row in rows}) > 16
 
 

@@ -95,7 +95,7 @@ def test_an_interrupted_run_ends_as_the_whole_one(launched: Launched) -> None:
     assert [line.get("values") for line in resumed] == [line.get("values") for line in whole]
 
 
-@pytest.mark.parametrize("way", ["exit", "raise"])
+@pytest.mark.parametrize("way", ["exit", pytest.param("raise", marks=pytest.mark.slow)])
 def test_a_rank_that_dies_stops_the_others(tmp_path: Path, way: str) -> None:
     result = launch(2, tmp_path, "--die", way)
     assert result.returncode != 0

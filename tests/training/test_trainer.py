@@ -430,8 +430,9 @@ def shown(error: BaseException) -> str:
     return "".join("".join(traceback.format_exception(e, chain=False)) + str(e.args) for e in chain)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(CANARY), ZeroDivisionError(CANARY)])
-@pytest.mark.parametrize("place", ["model", "loss"])
+@pytest.mark.parametrize(
+    ("error", "place"), [(KeyboardInterrupt(CANARY), "model"), (ZeroDivisionError(CANARY), "loss")]
+)
 def test_an_interrupted_step_restores_every_bit(error: BaseException, place: str, tmp_path: Path) -> None:
     model = adapted()
     start = weights(model)

@@ -32,6 +32,11 @@ FAST = (
 ABOVE_A_TRUNK = ("BERT", "Llama, dynamic RoPE", "Phi-3, longrope", "Gemma 3")
 
 
+def named(value: object) -> str:
+    """In a test's name, without "torch."."""
+    return str(value).removeprefix("torch.")
+
+
 def examined(
     name: str, dtype: torch.dtype, attention: str | None, shortcuts: str, neighbors: tuple[Neighbor, ...]
 ) -> Finding:
@@ -42,15 +47,23 @@ def examined(
     return differences(model, infer_task(model), rows, neighbors=neighbors, poisons=True, shortcuts=shortcuts)
 
 
-@pytest.mark.parametrize("shortcuts", SHORTCUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(
+    ("dtype", "shortcuts"),
+    [
+        (torch.float32, "chosen"),
+        (torch.float32, "plain"),
+        (torch.bfloat16, "chosen"),
+        pytest.param(torch.bfloat16, "plain", marks=pytest.mark.slow),
+    ],
+    ids=named,
+)
 @pytest.mark.parametrize("name", FAST)
 def test_rows_are_strangers(name: str, dtype: torch.dtype, shortcuts: str) -> None:
     found = examined(name, dtype, None, shortcuts, FEW)
     assert found.independent, str(found)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=named)
 @pytest.mark.parametrize("name", ABOVE_A_TRUNK)
 def test_rows_are_strangers_above_a_trunk_that_is_kept(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -75,7 +88,7 @@ def test_rows_are_strangers_above_a_trunk_that_is_kept(
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("shortcuts", SHORTCUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
 @pytest.mark.parametrize(
     ("name", "attention"),
     [(architecture.name, attention) for architecture in ARCHITECTURES for attention in ("eager", "sdpa")],
