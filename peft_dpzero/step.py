@@ -162,8 +162,8 @@ class PrivateStep:
     def _drawn(self, step: int) -> LogicalBatch:
         """The batch of `step`. What is kept of rows is computed for some steps ahead, so that passes are fuller."""
         if step not in self._ahead:
-            expected = max(1, round(self.plan.expected_batch_size / self.batches.world_size))
-            count = max(1, ROWS_AHEAD // expected) if self.losses.shortcuts.kept is not None else 1
+            keeps = self.losses.shortcuts.kept is not None
+            count = max(1, int(ROWS_AHEAD / self.batches.shapes.expected_rows)) if keeps else 1
             self._ahead = {one: self.batches.draw(one) for one in range(step, min(step + count, self.plan.steps))}
             self.losses.prepare([rows for batch in self._ahead.values() for rows in batch.micro_batches])
         return self._ahead.pop(step)

@@ -12,7 +12,7 @@ from .published import published
 from .zero_shot import zero_shot
 
 _ONE_DIRECTION = tuple({"learning_rate": rate} for rate in (1e-4, 1e-3, 1e-5, 1e-2, 1e-1))
-_MANY_DIRECTIONS = tuple({"learning_rate": rate} for rate in (1e-3, 1e-4, 1e-2, 1e-1, 3e-1))
+_MANY_DIRECTIONS = tuple({"learning_rate": rate} for rate in (1e-3, 1e-4, 1e-2, 1e-1, 3e-1, 1.0))
 # Opacus's: (η, C).
 _FIRST_ORDER = tuple((rate, 0.1) for rate in (1e-3, 5e-4, 2e-3))
 _FIRST_ORDER += tuple((rate, 1.0) for rate in (1e-3, 5e-4, 2e-3, 5e-3, 1e-2, 2e-2))
