@@ -109,6 +109,7 @@ class Ours:
             perturbation=perturbation,
             optimizer=self.optimizer,
             accelerator=accelerator,
+            rows_ahead=1,  # one step is measured at a time
         )
         self.step = self._new_step()
 

@@ -35,7 +35,7 @@ from peft_dpzero.release.journal import Journal, JournalSegment
 from peft_dpzero.release.optimizer import DPZeroOptimizer, Estimate
 from peft_dpzero.release.replay import replayed_releases
 
-# Rows of which what is kept is computed together, at most, if a step has fewer.
+# Rows of which what is kept is computed together, if a step has fewer.
 ROWS_AHEAD = 512
 
 
@@ -64,6 +64,7 @@ class PrivateStep:
         accelerator: for several processes.
         idle: a pass over a made-up row, where every pass takes all processes: those that draw fewer rows than others
             fill up with it. None lets each run as many passes as it has.
+        rows_ahead: steps are drawn ahead while they have so many rows together, if something is kept of rows.
 
     Attributes:
         made: how many steps of the run are released.
@@ -87,6 +88,7 @@ class PrivateStep:
         segments: Sequence[JournalSegment] = (),
         accelerator: Accelerator | None = None,
         idle: Callable[[], object] | None = None,
+        rows_ahead: int = ROWS_AHEAD,
     ) -> None:
         self.model = model
         self.config = plan.config.settled()
@@ -101,6 +103,7 @@ class PrivateStep:
         self.mechanism = PrivateSum(self.config, plan.expected_batch_size, self.processes, plan.loss_interval)
         self.replayed = replayed_releases(segments, self.mechanism)
         self.made = max(len(self.replayed), plan.first_step)
+        self._rows_ahead = rows_ahead if losses.shortcuts.kept is not None else 1
         self._ahead: dict[int, LogicalBatch] = {}
         check_processes(self.processes.count if self.processes else 1, batches.world_size)
         if self.processes and self.processes.count > 1:
@@ -162,8 +165,7 @@ class PrivateStep:
     def _drawn(self, step: int) -> LogicalBatch:
         """The batch of `step`. What is kept of rows is computed for some steps ahead, so that passes are fuller."""
         if step not in self._ahead:
-            keeps = self.losses.shortcuts.kept is not None
-            count = max(1, int(ROWS_AHEAD / self.batches.shapes.expected_rows)) if keeps else 1
+            count = max(1, int(self._rows_ahead / max(1.0, self.batches.shapes.expected_rows)))
             self._ahead = {one: self.batches.draw(one) for one in range(step, min(step + count, self.plan.steps))}
             self.losses.prepare([rows for batch in self._ahead.values() for rows in batch.micro_batches])
         return self._ahead.pop(step)

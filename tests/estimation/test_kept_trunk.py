@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft_dpzero import infer_task, step
+from peft_dpzero import infer_task
 from peft_dpzero.checks.probe import Probe
 from peft_dpzero.estimation.batching import LogicalBatches
 from peft_dpzero.estimation.differences import estimate_differences, losses_at
@@ -24,6 +24,7 @@ from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.public import scales
 from peft_dpzero.public.scales import Pace, measure_seconds
 from peft_dpzero.release.optimizer import DPZeroSGD
+from peft_dpzero.step import PrivateStep
 from torch import Tensor, nn
 from transformers import default_data_collator
 
@@ -115,27 +116,27 @@ def test_rows_that_are_new_go_in_passes_of_the_steps_own_sizes() -> None:
     assert sorted(seen) == [1, 4]
 
 
-def test_new_rows_of_several_steps_share_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_rows_of_several_steps_share_passes() -> None:
     """And no release differs."""
     data = tiny_dataset("classifier", 96)
     plan = make_plan(explicit(noise_multiplier=0.0, target_delta=1e-5, num_directions=2), len(data), 8, 6)
 
     def released(rows_ahead: int) -> tuple[list[Any], int]:
-        monkeypatch.setattr(step, "ROWS_AHEAD", rows_ahead)
         model = upper("classifier")
         losses, perturbation = losses_of(model), Perturbation(model)
         sampler = PoissonSampler(len(data), plan.sample_rate, bytes(SECRET_BYTES))
         shapes = Shapes(8, 8, together=dict.fromkeys(range(64), (1, 2, 4)))
-        made = step.PrivateStep(
+        step = PrivateStep(
             model,
             plan,
             batches=LogicalBatches(data, sampler, default_data_collator, shapes),
             losses=losses,
             perturbation=perturbation,
             optimizer=DPZeroSGD(perturbation.parameters.values()),
+            rows_ahead=rows_ahead,
         )
         seen = counted(lower_layer(model))
-        return [made(number).estimate.released.values for number in range(6)], seen["calls"]
+        return [step(number).estimate.released.values for number in range(6)], seen["calls"]
 
     (plain, calls), (ahead, fewer) = released(1), released(64)
     assert plain == ahead
