@@ -13,7 +13,7 @@ from peft_dpzero import DPZeroConfig, DPZeroSGD, make_plan
 from peft_dpzero.checks.probe import Probe
 from peft_dpzero.checks.shortcuts import find_streamed
 from peft_dpzero.estimation.batching import LogicalBatches
-from peft_dpzero.estimation.losses import PLAIN, Losses
+from peft_dpzero.estimation.losses import PLAIN
 from peft_dpzero.estimation.sampling import PoissonSampler
 from peft_dpzero.estimation.shapes import Shapes
 from peft_dpzero.perturbation.perturbation import Perturbation
@@ -92,7 +92,7 @@ class Ours:
         self.shortcuts = losses.shortcuts
         if without is not None:
             off = replace(self.shortcuts, **{without: getattr(PLAIN, without)})
-            losses = Losses(workload.model, workload.task, losses.place, off)
+            losses = losses.with_shortcuts(off)
         if streams and (streamed := find_streamed(perturbation, probe.run)):
             perturbation = Perturbation(
                 workload.model, config.direction_seed, config.direction_distribution, streamed=streamed

@@ -168,18 +168,19 @@ def find_settings(
     )
     assert batch is not None, "it is the user's unless time decides"
     expected = batch / sizes.processes * sizes.rows_a_unit
+    usually = max(1, round(expected))
     passes = tried.passes_for(
         perturbation,
         settled,
         expected_rows=expected,
-        most_rows=sizes.most_rows or max(1, round(expected)),
+        most_rows=sizes.most_rows or usually,
         max_tokens=sizes.max_tokens,
         likely=[_tokens(row) for row in rows] if source == PUBLIC else (),
         until=None if sizes.deadline is None else time.monotonic() + _TRYING * _left(sizes.deadline),
     )
     steps, rate, once = sizes.steps, sizes.learning_rate, None
     if choice is not None:
-        pace = _measured_pace(passes, perturbation, settled, rows, max(1, round(expected)), choice)
+        pace = _measured_pace(passes, perturbation, settled, rows, usually, choice)
         steps = steps or _steps(pace, sizes.deadline)
         once = pace.seconds(steps) / steps
         rate = rate or learning_rate(slopes.typical, steps, perturbation.basis is not None)
