@@ -13,7 +13,7 @@ from . import sweep
 from .cells import FULL, QUICK, Budget, Cell, Size
 from .methods import METHODS, SWEPT
 from .models import suits
-from .results import Result, path_of
+from .results import Result, path_of, reported, save
 from .tasks import TASKS
 
 EPSILONS = (0.5, 1.0, 2.0, 8.0)
@@ -75,6 +75,18 @@ def quick_cells() -> list[Cell]:
     once = Grid(("movies-stars",), budgets=("250p",), epsilons=(0.5,), seeds=(0,), size=QUICK)
     timed = dataclasses.replace(once, tasks=("movies",), budgets=("15s",), methods=("dpzero",))
     return once.cells() + timed.cells()
+
+
+def bring_tuning(page: Path, folder: Path) -> None:
+    """Puts the tuning's results of the report at `page` among `folder`'s, where it has none.
+
+    Settings that were best elsewhere are still another set's best; no time of these runs is reported.
+    """
+    for result in reported(page):
+        cell = Cell.of(result["cell"])
+        path = path_of(cell, folder)
+        if cell.settings is not None and cell.method != SWEPT.name and not path.exists():
+            save(result, path)
 
 
 def settings_for(cell: Cell, folder: Path) -> tuple[dict[str, Any], str]:

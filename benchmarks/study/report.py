@@ -13,7 +13,7 @@ from workloads import ROOT
 from . import plots, sweep
 from .cells import Budget
 from .methods import METHODS
-from .results import Result, atomically, read_all
+from .results import Result, gather, read_all, reported
 from .summary import NOTHING, Groups, grouped, spread
 
 PAGE = ROOT / "docs" / "study.md"
@@ -29,22 +29,15 @@ def write_report(folder: Path, page: Path) -> None:
 
     Results of earlier reports stay; of a cell that was run again the newer one is taken.
     """
-    own = page.with_suffix("")
-    kept = own / "results.json"
-    results = {json.dumps(r["cell"]): r for r in (*_read(kept), *read_all(folder))}
-    lines = [json.dumps(results[key], ensure_ascii=False) for key in sorted(results)]
-    atomically(kept, lambda part: part.write_text("[\n" + ",\n".join(lines) + "\n]\n"))
+    results = {json.dumps(r["cell"]): r for r in (*reported(page), *read_all(folder))}
+    gather([results[key] for key in sorted(results)], page)
     groups = grouped(results.values())
-    pictures = plots.draw_all(groups, own)
+    pictures = plots.draw_all(groups, page.with_suffix(""))
     if not page.exists():
         marks = (f"<!-- {mark} -->\n<!-- end of {mark} -->\n" for mark in (MARK, sweep.MARK))
         page.write_text("\n".join(("# The study\n", *marks)))
     tables.insert(page, MARK, rendered(groups, [picture.relative_to(page.parent) for picture in pictures]))
     tables.insert(page, sweep.MARK, sweep.rendered(results.values()))
-
-
-def _read(path: Path) -> list[Result]:
-    return json.loads(path.read_text()) if path.exists() else []
 
 
 def rendered(groups: Groups, pictures: Sequence[Path] = ()) -> str:

@@ -37,6 +37,18 @@ def read_all(folder: Path) -> list[Result]:
     return [json.loads(path.read_text()) for path in sorted((folder / "results").glob("[!.]*.json"))]
 
 
+def reported(page: Path) -> list[Result]:
+    """The results that the report at `page` was made from."""
+    gathered = page.with_suffix("") / "results.json"
+    return json.loads(gathered.read_text()) if gathered.exists() else []
+
+
+def gather(results: Iterable[Result], page: Path) -> None:
+    """Gathers what a report at `page` is made from in one compact file."""
+    lines = ",\n".join(json.dumps(result, ensure_ascii=False) for result in results)
+    atomically(page.with_suffix("") / "results.json", lambda part: part.write_text(f"[\n{lines}\n]\n"))
+
+
 def missing(cells: Iterable[Cell], folder: Path) -> list[Cell]:
     """The cells that have no result yet."""
     return [cell for cell in cells if not path_of(cell, folder).exists()]
