@@ -1,10 +1,9 @@
-"""Our step, built from the public API as a user's own loop builds it."""
+"""Our step, made of a run's parts, of which benchmarks leave out some."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -50,7 +49,6 @@ class Ours:
         streams: whether large θ is perturbed module by module, as in a run, or as a whole.
         like: another step over the workload, whose passes are taken untried, and whose optimizer.
         accelerator: of the processes among which rows are split.
-        settings: further fields of `DPZeroConfig`.
 
     Attributes:
         reason: why rows go one at a time, or None.
@@ -64,15 +62,14 @@ class Ours:
         streams: bool = True,
         like: Ours | None = None,
         accelerator: Accelerator | None = None,
-        **settings: Any,
     ) -> None:
-        fixed = {
-            "noise_multiplier": 1.0,
-            "target_delta": 1e-5,
-            "clipping_threshold": 200.0,
-            "smoothing_parameter": 1e-3,
-        }
-        config = DPZeroConfig(num_directions=num_directions, **(fixed | settings))
+        config = DPZeroConfig(
+            num_directions=num_directions,
+            noise_multiplier=1.0,
+            target_delta=1e-5,
+            clipping_threshold=200.0,
+            smoothing_parameter=1e-3,
+        )
         rank, workers = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
         plan = make_plan(config, len(workload.rows), workload.batch_size, STEPS)
         perturbation = Perturbation(workload.model, config.direction_seed, config.direction_distribution)

@@ -41,12 +41,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def _spread(value: dict[str, float]) -> str:
+def spread(value: dict[str, float]) -> str:
     return f"{value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})"
 
 
 def _headlines(results: dict[str, Any]) -> str:
-    rows = [(f"`{key}`", _spread(value)) for key, value in results.items() if key != "sections"]
+    rows = [(f"`{key}`", spread(value)) for key, value in results.items() if key != "sections"]
     return table(("key", "median (min to max)"), rows)
 
 
@@ -60,7 +60,7 @@ def _times(sections: dict[str, Any]) -> str:
             ours = f"{run['seconds']['ours']['median']:.3g}"
             rows.append((title, "floor", ours, f"{1 / run['ours_over_floor']['median']:.2f}"))
             others = [key for key in run if key.endswith("_over_ours")]
-            rows += [(title, key.removesuffix("_over_ours"), ours, _spread(run[key])) for key in others]
+            rows += [(title, key.removesuffix("_over_ours"), ours, spread(run[key])) for key in others]
     return table(("model", "contender", "our seconds a step", "contender's time over ours"), rows)
 
 
@@ -79,7 +79,7 @@ def _scaling(found: dict[str, Any]) -> str:
     ]
     small, large = found["vocabulary"]["sizes"]
     for name, value in found["vocabulary"]["seconds_ratio"].items():
-        rows.append((f"vocabulary of {large:,} over {small:,}, {name}", _spread(value), ""))
+        rows.append((f"vocabulary of {large:,} over {small:,}, {name}", spread(value), ""))
     return table(("step's time", "", ""), rows)
 
 

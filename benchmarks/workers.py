@@ -160,14 +160,10 @@ def checked_table(found: dict[str, Any]) -> str:
         for one in run["checked"]:
             title = f"{MODES[mode]}, K = {one['directions']}"
             seconds = (f"{one['predicted']:.3g}", f"{one['seconds']:.3g}")
-            ratios = (_spread(one["seconds_ratio"]), _spread(one["core_ratio"]))
+            ratios = (tables.spread(one["seconds_ratio"]), tables.spread(one["core_ratio"]))
             rows.append((title, str(one["workers"]), *seconds, *ratios, f"{1e6 * one['sums']:.0f}"))
     header = ("step", "W", "predicted, s", "measured, s", "measured over predicted", "of a core", "sums, µs")
     return tables.table(header, rows)
-
-
-def _spread(value: dict[str, float]) -> str:
-    return f"{value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})"
 
 
 def workers_table(found: dict[str, Any]) -> str:

@@ -22,6 +22,8 @@ MECHANISMS = ("gaussian", "laplace")
 CLIPPINGS = ("fixed", "adaptive", "automatic")
 SMALLEST_MOVE, LARGEST_MOVE = 1e-6, 1.0
 MOST_DIRECTIONS = 4096
+# Of a basis: what its exact sums allow.
+MOST_VECTORS = 2048
 DEFAULT_DIRECTIONS = 16
 DEFAULT_DIFFERENCE = "central"
 DEFAULT_DISTRIBUTION, DISTRIBUTION_IN_BASIS = "gaussian", "orthogonal"
@@ -183,7 +185,7 @@ class DPZeroConfig:
             self._check_integer("num_directions", low=1, high=MOST_DIRECTIONS)
         self._check_integer("max_examples_per_unit", low=1, high=2**31)
         if self.basis_size is not None:
-            self._check_integer("basis_size", low=1, high=2048)
+            self._check_integer("basis_size", low=1, high=MOST_VECTORS)
         self._check_integer("direction_seed", low=0, high=2**63 - 1)
         if self.max_length is not None:
             self._check_integer("max_length", low=1, high=2**31)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +16,10 @@ class DPZeroError(ValueError):
     """A setting, data schema or model that cannot be trained privately. The text quotes no private value."""
 
 
+class TooLittleTime(DPZeroError):
+    """`minutes` do not suffice for a run."""
+
+
 class PrivateStepError(RuntimeError):
     """Some code failed while it held private data. The text names the error's type and place, no value.
 
@@ -22,14 +28,27 @@ class PrivateStepError(RuntimeError):
     """
 
     @classmethod
-    def withhold(cls, step: int, error: Exception) -> PrivateStepError:
-        """Keeps of `error` only its type and the code lines it went through."""
+    def withhold(cls, when: str, error: Exception) -> PrivateStepError:
+        """Keeps of `error` only its type and the code lines it went through; `when` as "in step 3"."""
         frames = traceback.extract_tb(error.__traceback__)[-4:]
         places = "".join(f"\n  {frame.filename}:{frame.lineno} in {frame.name}" for frame in frames)
         return cls(
-            f"{type(error).__name__} in step {step}, while private data was in hand. Its message is withheld, since "
+            f"{type(error).__name__} {when}, while private data was in hand. Its message is withheld, since "
             f"it may quote the data; run the same code on made-up data to see it. {STOP_IS_PUBLIC} Raised at:{places}"
         )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within the block nothing is logged or warned of: libraries put rows' lengths and values into such lines."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 @contextmanager
@@ -40,8 +59,4 @@ def withheld(doing: str) -> Iterator[None]:
     except (DPZeroError, PrivateStepError):
         raise
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise PrivateStepError(
-            f"{type(error).__name__} while {doing}, at {frame.filename}:{frame.lineno}. Its message is withheld, since "
-            f"it may quote the data; run the same settings on made-up data to see it. {STOP_IS_PUBLIC}"
-        ) from None
+        raise PrivateStepError.withhold(f"while {doing}", error) from None

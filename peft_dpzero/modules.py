@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +22,27 @@ Forward = Callable[..., Any]
 # A module's name and the number of its call.
 Call = tuple[str, int]
 T = TypeVar("T")
+
+
+def module_from(path: Path) -> ModuleType:
+    """Runs a Python file as a module that its own classes can find, as dataclasses do."""
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+def unwrapped(model: Any) -> Any:
+    """The model that PEFT has wrapped, or `model` itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def text_config(config: Any) -> Any:
+    """The part of a model's config that is about text, or all of it."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def base_layer(layer: Any) -> nn.Module:

@@ -23,12 +23,12 @@ from accelerate import Accelerator
 from torch import nn
 
 from peft_dpzero.checks.agreement import check_agreement
-from peft_dpzero.errors import DPZeroError, PrivateStepError
+from peft_dpzero.errors import DPZeroError, PrivateStepError, quiet
 from peft_dpzero.estimation.batching import LogicalBatch, LogicalBatches
 from peft_dpzero.estimation.differences import estimate_differences, points_of
 from peft_dpzero.estimation.losses import Losses
 from peft_dpzero.mechanism.plan import PrivacyPlan
-from peft_dpzero.mechanism.private_sum import PrivateSum
+from peft_dpzero.mechanism.private_sum import PrivateDifferences, PrivateSum
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.processes import AcceleratedProcesses, check_processes, share_parameters
 from peft_dpzero.release.journal import Journal, JournalSegment
@@ -136,31 +136,36 @@ class PrivateStep:
         self.model.eval()
         failure: PrivateStepError | None = None
         try:
-            batch = self._drawn(step)
-            lacking = self._lacking(len(batch.micro_batches))
-            differences = estimate_differences(
-                self.losses,
-                batch,
-                self.perturbation,
-                step=step,
-                num_directions=self.config.num_directions,
-                smoothing_parameter=self.config.smoothing_parameter,
-                difference=self.config.difference,
-            )
-            for _ in range(lacking):
-                assert self._idle is not None
-                self._idle()
+            with quiet():
+                differences = self._differences(step)
         except DPZeroError:
             raise
         except Exception as error:
-            failure = PrivateStepError.withhold(step, error)
+            failure = PrivateStepError.withhold(f"in step {step}", error)
         if failure is not None:
-            # Raised out here, it does not carry the withheld error as its __context__.
+            # Raised out here, it does not carry the withheld error as its __context__, nor rows in its frames.
             raise failure
         # Counted first: however the release ends, it is not made again.
         self.made = step + 1
         released = self.mechanism.release(step, differences)
         return StepReport(Estimate(released, self.perturbation), self.mechanism.raw_loss(differences))
+
+    def _differences(self, step: int) -> PrivateDifferences:
+        batch = self._drawn(step)
+        lacking = self._lacking(len(batch.micro_batches))
+        differences = estimate_differences(
+            self.losses,
+            batch,
+            self.perturbation,
+            step=step,
+            num_directions=self.config.num_directions,
+            smoothing_parameter=self.config.smoothing_parameter,
+            difference=self.config.difference,
+        )
+        for _ in range(lacking):
+            assert self._idle is not None
+            self._idle()
+        return differences
 
     def _drawn(self, step: int) -> LogicalBatch:
         """The batch of `step`. What is kept of rows is computed for some steps ahead, so that passes are fuller."""

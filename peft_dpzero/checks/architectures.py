@@ -14,7 +14,7 @@ from torch import nn
 from peft_dpzero.estimation.preferences import PairTask
 from peft_dpzero.estimation.tasks import ClassificationTask, FunctionTask, Seq2SeqTask, Task, TokenTask
 from peft_dpzero.estimation.verbalizer import Verbalizer
-from peft_dpzero.modules import class_of
+from peft_dpzero.modules import class_of, text_config, unwrapped
 
 # Tasks that read a row's loss from that row's outputs and labels alone.
 ROWWISE_TASKS = (TokenTask, Seq2SeqTask, ClassificationTask, Verbalizer, FunctionTask)
@@ -41,7 +41,7 @@ def reason_to_separate(model: Any, task: Task) -> str | None:
         return "a pass holds the two sequences of one pair"
     if type(task) not in ROWWISE_TASKS:
         return f"{type(task).__name__} is a task of your own"
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrapped(model)
     config = getattr(base, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return f"a pass of {type(base).__name__} has two lengths, of which not all pairs can be tried"
@@ -69,14 +69,9 @@ def _is_known(module: nn.Module) -> bool:
     return parts[:2] == ["peft", "tuners"] and parts[2] in _TUNERS
 
 
-def _text_config(model: Any) -> Any:
-    config = getattr(model, "config", None)
-    return config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
-
-
 def positions_of(model: Any) -> int | None:
     """How many positions a row may take in the model, an adapter's virtual tokens apart; None if that has no limit."""
-    limit = getattr(_text_config(model), "max_position_embeddings", None)
+    limit = getattr(text_config(getattr(model, "config", None)), "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1:
         return None
     adapter = getattr(model, "active_peft_config", None)

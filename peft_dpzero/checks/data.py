@@ -117,7 +117,7 @@ def check_labels(dataset: Any, task: Task, model: Any) -> None:
         )
 
 
-def check_public(text: Any, dataset: Any) -> None:
+def check_public(text: Any, dataset: Any, name: str = "public_text") -> None:
     """Refuses the training data as public text.
 
     Raises:
@@ -127,7 +127,7 @@ def check_public(text: Any, dataset: Any) -> None:
         return
     public, private = (getattr(data, "_fingerprint", None) for data in (text, dataset))
     if text is dataset or (public is not None and public == private):
-        raise DPZeroError("public_text is the training data, which is private: give other text of the same kind.")
+        raise DPZeroError(f"{name} is the training data, which is private: give other text of the same kind.")
 
 
 def _features(dataset: Any) -> dict[str, Any]:

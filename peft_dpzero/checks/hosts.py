@@ -72,6 +72,8 @@ def check_host(kind: type, args: Any, model: Any, options: Mapping[str, Any], *,
     host = host_of(kind)
     if options.get("compute_loss_func") is not None:
         raise DPZeroError("compute_loss_func averages over the batch: pass per_example_loss instead.")
+    if options.get("optimizer_cls_and_kwargs") is not None:
+        raise DPZeroError("optimizer_cls_and_kwargs is not read: set optim, or pass optimizers=(DPZeroAdamW(…), None).")
     if any("_get_train_sampler" in vars(base) for base in kind.__mro__ if base is not Trainer):
         raise DPZeroError("A custom train sampler cannot be accounted for: DPZero samples by itself.")
     if not has_loss and (base := _with_own_loss(kind)) is not None:

@@ -216,7 +216,11 @@ class Probe:
         reference: RowBits | None = None
         for count in reversed(counts):
             places = [range(first, count, 2) for first in range(min(2, count))]
-            companies = [[row if i in mine else strangers[i] for i in range(count)] for mine in places]
+            # In the first short ones come before the row, in the second long ones.
+            companies = [
+                [row if i in mine else others[i] for i in range(count)]
+                for mine, others in zip(places, (strangers, strangers[::-1]), strict=False)
+            ]
             batches = [self.data.batch(ProbeBatch(rows, 0, length)) for rows in companies]
             same = True
             try:

@@ -182,7 +182,8 @@ def find_shortcuts(trials: Trials, trunk: SharedTrunk | None, run: Callable[[], 
         shared = replace(found, trunk=trunk, stacked=False)
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         return shared
-    return replace(shared, kept=find_kept(trunk, run, lambda kept: trials.agree_kept(shared, kept)))
+    kept = find_kept(trunk, run, lambda kept: trials.agree_kept(shared, kept), trials.task.sequences)
+    return replace(shared, kept=kept)
 
 
 def _narrowed(trials: Trials, shortcuts: Shortcuts, run: Callable[[], Any]) -> NarrowedLayers | None:

@@ -13,6 +13,7 @@ from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.shapes import IGNORE
 from peft_dpzero.estimation.tasks import ClassificationTask, Task, TokenTask, infer_task
 from peft_dpzero.estimation.verbalizer import Verbalizer
+from peft_dpzero.modules import text_config, unwrapped
 
 _LENGTHS = (5, 9, 7)
 _TARGET_LENGTH = 3
@@ -46,7 +47,7 @@ class SyntheticRows:
 
     def __init__(self, model: Any, device: torch.device, task: Task | None) -> None:
         config = model.config
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        text = text_config(config)
         self.encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         self.pad = int(getattr(text, "pad_token_id", None) or 0)
         self._labelled = _labelled_task(task, model)
@@ -127,13 +128,13 @@ def _labelled_task(task: Task | None, model: Any) -> Task | None:
         return None
 
 
-def _classes(task: Task | None, model: Any, text_config: Any) -> int:
+def _classes(task: Task | None, model: Any, text: Any) -> int:
     if isinstance(task, Verbalizer):
         return len(task.tokens)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrapped(model)
     if isinstance(task, ClassificationTask) or type(base).__name__.endswith("ForTokenClassification"):
         return int(model.config.num_labels)
-    return int(text_config.vocab_size)
+    return int(text.vocab_size)
 
 
 def _mask_tokens(task: Task | None) -> list[int]:

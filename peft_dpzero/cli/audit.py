@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from peft_dpzero.auditing.one_run import AddCanaries, AuditResult, audit
 from peft_dpzero.cli.settings import read_settings
 from peft_dpzero.cli.train import TrainingRun
 from peft_dpzero.errors import DPZeroError, withheld
+from peft_dpzero.modules import module_from
 
 SCRIPT_FUNCTION = "build_trainer"
 
@@ -54,9 +54,7 @@ def audit_table(result: AuditResult) -> Table:
     bound = f"{result.epsilon_lower_bound:.4g}" + (", above the claim" if result.refutes_claim else "")
     rows = {
         "ε claimed (PLD)": claim,
-        f"ε at least, at {result.confidence:g} confidence": f"{bound}, above the claim"
-        if result.refutes_claim
-        else bound,
+        f"ε at least, at {result.confidence:g} confidence": bound,
         "δ": f"{result.delta:g}",
         "steps": str(result.steps),
         "canaries": str(result.canaries),
@@ -84,12 +82,10 @@ def _from_yaml(path: Path, folder: str) -> Callable[[AddCanaries], Any]:
 
 
 def _from_script(path: Path) -> Callable[[AddCanaries], Any]:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if not path.is_file() or spec is None or spec.loader is None:
+    if not path.is_file():
         raise DPZeroError(f"There is no file {path}.")
-    module = importlib.util.module_from_spec(spec)
     with withheld(f"running {path.name}"):
-        spec.loader.exec_module(module)
+        module = module_from(path)
     build: Callable[[AddCanaries], Any] | None = getattr(module, SCRIPT_FUNCTION, None)
     if not callable(build):
         raise DPZeroError(f"{path.name} defines no function {SCRIPT_FUNCTION}(add_canaries); see docs/audit.md.")

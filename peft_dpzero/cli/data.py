@@ -11,26 +11,27 @@ from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset, load
 
 from peft_dpzero.cli.settings import FILE_FORMATS, MASK, DataSettings
 from peft_dpzero.errors import DPZeroError, withheld
+from peft_dpzero.modules import text_config
 
 DEFAULT_MAX_LENGTH = 512
 _INDICES = "__class_indices__"
 
 
 def load_table(data: DataSettings, part: str) -> Dataset:
-    """The rows of `data.train` or `data.eval`, with the text and label columns only.
+    """The rows of `data.train`, `data.eval` or `data.public`, with the text and label columns only.
 
     Local files are read through a temporary folder, so that no copy of them stays in a cache.
 
     Args:
         data: the settings.
-        part: "train" or "eval".
+        part: "train", "eval" or "public", whose labels are not read.
 
     Raises:
         DPZeroError: the data cannot be read, or lacks a column.
     """
-    source, split = (data.train, data.train_split) if part == "train" else (str(data.eval), data.eval_split)
+    source, split = str(getattr(data, part)), data.eval_split if part == "eval" else data.train_split
     table = _read_file(source) if Path(source).is_file() else _read_named(source, data.subset, split, part)
-    wanted = [*data.columns, *([data.label] if data.label else [])]
+    wanted = [*data.columns, *([data.label] if data.label and part != "public" else [])]
     if missing := [column for column in wanted if column not in table.column_names]:
         raise DPZeroError(f"data.{part} has no column {missing[0]!r}: its columns are {', '.join(table.column_names)}.")
     if len(table) == 0:
@@ -142,7 +143,7 @@ class Encoder:
         self.causal_lm = causal_lm
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Token ids of one row, with its labels."""
+        """Token ids of one row, with its labels if it has any."""
         values = {column: "" if row[column] is None else str(row[column]) for column in self.columns}
         if self.mask_text:
             values = {k: v.replace(self.tokenizer.mask_token, "") for k, v in values.items()}
@@ -154,8 +155,8 @@ class Encoder:
                 raise DPZeroError(f"data.text alone is longer than the {self.max_length} tokens that fit: shorten it.")
             values[column] = values[column][: min(length - 1, length * self.max_length // len(ids))]
             ids = self._ids(values)
-        labels = ids if self.causal_lm else row["labels"]
-        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+        labels = {"labels": ids} if self.causal_lm else {"labels": row["labels"]} if "labels" in row else {}
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), **labels}
 
     def _ids(self, values: Mapping[str, str]) -> list[int]:
         text = self.template.format(**{**values, **({MASK: self.mask_text} if self.mask_text else {})})
@@ -180,7 +181,7 @@ def token_limit(asked: int | None, tokenizer: Any, model_config: Any, reserved: 
     Raises:
         DPZeroError: more are asked for than fit.
     """
-    positions = getattr(model_config, "max_position_embeddings", None) or tokenizer.model_max_length
+    positions = getattr(text_config(model_config), "max_position_embeddings", None) or tokenizer.model_max_length
     room = min(tokenizer.model_max_length, positions) - reserved
     if room < 1 or (asked or 1) > room:
         raise DPZeroError(f"data.max_length can be at most {room} with this model and adapter.")

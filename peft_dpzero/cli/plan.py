@@ -15,6 +15,7 @@ from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.mechanism.accountant import COARSE_INTERVAL, Accountant
 from peft_dpzero.mechanism.plan import PrivacyPlan, make_plan
+from peft_dpzero.training.planning import steps_of
 
 
 def default_delta(examples: int) -> float:
@@ -138,7 +139,7 @@ def plan_command(
         assert epochs is not None
         if not 0 < epochs < math.inf:
             raise DPZeroError(f"--epochs must be a number above 0, got {epochs}.")
-        steps = math.ceil(epochs * math.ceil(examples / batch_size))
+        steps = steps_of(epochs, examples, batch_size)
     rows = numbers(epsilons, float, "--epsilons")
     columns = (
         [int(n) for n in numbers(step_counts, int, "--step-counts")] if step_counts else default_step_counts(steps)

@@ -44,11 +44,16 @@ _PEFT_INTERNAL = {f.name for f in dataclasses.fields(PeftConfig)}
 
 @dataclass(frozen=True)
 class DataSettings:
-    """The `data` section. `train` and `eval` are files, folders or dataset names; see docs/cli.md for each key."""
+    """The `data` section. `train`, `eval` and `public` are files, folders or dataset names; docs/cli.md has each key.
+
+    Raises:
+        DPZeroError: the training data are named as public, too.
+    """
 
     train: str
     text: str
     eval: str | None = None
+    public: str | None = None
     label: str | None = None
     label_words: dict[Any, Any] | None = None
     labels: list[Any] | None = None
@@ -56,6 +61,10 @@ class DataSettings:
     train_split: str = "train"
     eval_split: str = "validation"
     max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.public is not None and Path(self.public).resolve() == Path(self.train).resolve():
+            raise DPZeroError("data.public is data.train, which is private: give other text of the same kind.")
 
     @property
     def columns(self) -> list[str]:
@@ -102,7 +111,7 @@ def read_settings(path: Path) -> RunSettings:
         DPZeroError: names the key and the fix.
     """
     folder = path.resolve().parent
-    sections = _read_yaml(path)
+    sections = read_yaml(path)
     task = _choice("task", sections["task"], TASKS)
     data = _data_settings(sections["data"], task, folder)
     adapter = _adapter(sections.get("adapter", {"kind": "lora"}), task)
@@ -114,7 +123,12 @@ def read_settings(path: Path) -> RunSettings:
     return RunSettings(name, task, data, adapter, dpzero, training, given_name(sections.get("base_model")))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The sections of a run's file.
+
+    Raises:
+        DPZeroError: it cannot be read, or a section is unknown or missing.
+    """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
@@ -169,7 +183,8 @@ def _data_settings(values: dict[str, Any], task: str, folder: Path) -> DataSetti
     for key in ("train", "text"):
         if not values.get(key):
             raise DPZeroError(f"data.{key} is missing.")
-    sources = {key: _source(f"data.{key}", values[key], folder) for key in ("train", "eval") if values.get(key)}
+    named = [key for key in ("train", "eval", "public") if values.get(key)]
+    sources = {key: source(f"data.{key}", values[key], folder) for key in named}
     data = DataSettings(**{**values, **sources})
     if not data.columns:
         raise DPZeroError("data.text names no column: write at least one as {column}.")
@@ -192,7 +207,12 @@ def _data_settings(values: dict[str, Any], task: str, folder: Path) -> DataSetti
     return data
 
 
-def _source(name: str, value: str, folder: Path) -> str:
+def source(name: str, value: str, folder: Path) -> str:
+    """A file or folder within `folder` as a path, or a dataset's name as it is.
+
+    Raises:
+        DPZeroError: there is no such file, or its format is not known; `name` says whose.
+    """
     local = folder / Path(value).expanduser()
     if local.exists():
         if local.is_file() and local.suffix not in FILE_FORMATS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -61,7 +60,7 @@ class TrainingRun:
         if not tuning:
             self._check_output_folder()
         with explained(f"model {settings.model!r} cannot be loaded"):
-            self.model_config = AutoConfig.from_pretrained(settings.model)
+            AutoConfig.from_pretrained(settings.model)
             self.tokenizer = AutoTokenizer.from_pretrained(settings.model)
         if self.tokenizer.pad_token is None:
             if self.tokenizer.eos_token is None:
@@ -93,11 +92,10 @@ class TrainingRun:
         """
         settings = self.settings
         names, tables = self._tables()
-        self._names = names
         # The adapter's start is public, and resuming needs the same one.
         set_seed(settings.training.seed)
         model = self._model(names)
-        self._tokens = encoder = self._encoder(model)
+        encoder = self._encoder(model)
         datasets = {part: encode(table, encoder) for part, table in tables.items()}
         with explained("training"):
             return DPZeroTrainer(
@@ -109,15 +107,8 @@ class TrainingRun:
                 compute_metrics=accuracy if settings.classifies else None,
                 dpzero_config=settings.dpzero,
                 per_example_loss=self.verbalizer,
+                public_text=datasets.get("public"),
             )
-
-    def public_rows(self, path: Path) -> Any:
-        """The rows of a public file, prepared as those of `trainer()`, which comes first."""
-        data = dataclasses.replace(self.settings.data, train=str(path))
-        table = load_table(data, "train")
-        if data.label is not None:
-            table = with_class_indices(table, data.label, self._names)
-        return encode(table, self._tokens)
 
     def _check_output_folder(self) -> None:
         folder = Path(self.settings.training.output_dir)
@@ -142,12 +133,13 @@ class TrainingRun:
 
     def _tables(self) -> tuple[list[str], dict[str, Any]]:
         data = self.settings.data
-        tables = {part: load_table(data, part) for part in ("train", "eval") if getattr(data, part)}
+        tables = {part: load_table(data, part) for part in ("train", "eval", "public") if getattr(data, part)}
         if data.label is None:
             return [], tables
         given = data.labels if data.label_words is None else list(data.label_words)
         names = class_names(tables["train"], data.label, given)
-        return names, {part: with_class_indices(table, data.label, names) for part, table in tables.items()}
+        labelled = {part: table for part, table in tables.items() if part != "public"}
+        return names, tables | {part: with_class_indices(t, data.label, names) for part, t in labelled.items()}
 
     def _model(self, names: list[str]) -> Any:
         settings = self.settings

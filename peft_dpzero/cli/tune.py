@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from peft_dpzero.cli.explain import explained
-from peft_dpzero.cli.settings import read_settings
+from peft_dpzero.cli.settings import read_settings, read_yaml, source
 from peft_dpzero.cli.train import TrainingRun
 from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError, withheld
@@ -31,27 +31,32 @@ _ARGUMENTS = {
 def tune_command(
     config: Annotated[Path, typer.Argument(help="The run in YAML, as for train.")],
     public: Annotated[
-        Path | None, typer.Option(help="A file of public rows with the run's columns; by default rows are made up.")
+        str | None,
+        typer.Option(help="Public text in the run's columns, in place of data.public; else rows are made up."),
     ] = None,
-    minutes: Annotated[float, typer.Option(min=0.01, help="How long training may take on this machine.")] = 5.0,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="How long training may take here; by default the run's, or 5.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Where the run goes in YAML, settings filled in.")] = None,
 ) -> None:
     """Suggests settings for a run and tells what they give. Of the training data it uses the number of rows alone."""
     if output is not None and output.exists():
         raise DPZeroError(f"{output} exists: name another --output.")
+    if output is not None and output.resolve().parent != config.resolve().parent:
+        raise DPZeroError(f"--output must lie beside {config}: relative paths in it are resolved against its folder.")
     settings = read_settings(config)
-    if public is not None and not public.is_file():
-        raise DPZeroError(f"There is no file {public}.")
-    run = TrainingRun(settings, tuning=True)
-    trainer = run.trainer()
-    rows = None if public is None else run.public_rows(public)
+    if public is not None:
+        public = source("--public", public, Path.cwd())
+        settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, public=public))
+    trainer = TrainingRun(settings, tuning=True).trainer()
     with withheld("measuring"):
-        measured = trainer.tune_on(rows, minutes)
+        measured = trainer.tune_on(minutes=minutes)
     console = Console()
     console.print(measured_table(measured, settings.dpzero))
     if output is not None:
         with explained(f"{output} cannot be written"):
-            output.write_text(yaml.safe_dump(_filled(config, measured), sort_keys=False, allow_unicode=True))
+            filled = yaml.safe_dump(_filled(config, measured, public), sort_keys=False, allow_unicode=True)
+            output.write_text(filled, encoding="utf-8")
         console.print(f"Written to {output}", soft_wrap=True, highlight=False)
 
 
@@ -79,7 +84,7 @@ def measured_table(measured: Measured, config: DPZeroConfig) -> Table:
         "logical batch B": choice.expected_batch_size,
         "num_directions K": directions,
         "coordinates that they lie in": choice.entries,
-        "clipping_threshold C, adaptive from": settings.clipping_threshold or config.clipping_threshold,
+        "clipping_threshold C": settings.clipping_threshold or config.clipping_threshold,
         "smoothing_parameter λ": f"{settings.smoothing_parameter or config.smoothing_parameter:.2g}",
         "learning_rate, of AdamW": settings.learning_rate or "yours",
     }
@@ -88,15 +93,17 @@ def measured_table(measured: Measured, config: DPZeroConfig) -> Table:
     return table
 
 
-def _filled(path: Path, measured: Measured) -> dict[str, Any]:
+def _filled(path: Path, measured: Measured, public: str | None) -> dict[str, Any]:
     """The run's YAML with the settings that were chosen."""
-    sections: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    sections: dict[str, Any] = read_yaml(path)
     chosen = dataclasses.asdict(measured.settings)
+    if public is not None:
+        sections["data"]["public"] = public
     sections["dpzero"].pop("minutes", None)
     for key in ("clipping_threshold", "smoothing_parameter", "difference", "num_directions", "basis_size"):
         if chosen[key] is not None:
             sections["dpzero"][key] = chosen[key]
-    if chosen["clipping_threshold"] is not None:
+    if chosen["clipping_threshold"] is not None and sections["dpzero"].get("mechanism") != "laplace":
         sections["dpzero"].setdefault("clipping", "adaptive")
     for key, name in _ARGUMENTS.items():
         if chosen[key] is not None:

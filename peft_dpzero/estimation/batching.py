@@ -21,9 +21,9 @@ from peft_dpzero.estimation.units import Units
 Collator = Callable[[list[Any]], dict[str, Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LogicalBatch:
-    """One process's share of a step's batch.
+    """One process's share of a step's batch. It does not print its rows.
 
     Attributes:
         micro_batches: rows of one shape each.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -43,12 +43,10 @@ def estimate_differences(
     for values, count in zip(
         losses_at(losses, batch.micro_batches, perturbation, step, points), batch.counts, strict=True
     ):
+        # Summed one by one, so that a row's place does not decide the order.
+        level = values[0] if difference == "forward" else reduce(torch.add, values) / len(values)
         # Made-up rows go last, when no number of rows can matter any more.
-        if difference == "forward":
-            rows, level = (values[1:] - values[0]) / scale, values[0]
-        else:
-            rows, level = (values[0::2] - values[1::2]) / (2 * scale), values.mean(dim=0)
-        columns.append(rows.T[:count])
+        columns.append(slopes_of(values, scale, difference).T[:count])
         levels.append(level[:count])
     mean = partial(_mean_by_owner, owners=batch.owners, num_units=batch.num_units)
     return PrivateDifferences(mean(torch.cat(columns)), mean(torch.cat(levels)))
@@ -59,6 +57,13 @@ def points_of(num_directions: int, scale: float, difference: str) -> list[Point]
     if difference == "forward":
         return [(0, 0.0), *((k, scale) for k in range(num_directions))]
     return [(k, side * scale) for k in range(num_directions) for side in (1, -1)]
+
+
+def slopes_of(losses: Tensor, scale: float, difference: str) -> Tensor:
+    """A slope for each direction, (K, …), of losses (points, …) at `points_of`."""
+    if difference == "forward":
+        return (losses[1:] - losses[0]) / scale
+    return (losses[0::2] - losses[1::2]) / (2 * scale)
 
 
 def losses_at(

@@ -28,7 +28,8 @@ from peft_dpzero.estimation.shortcuts.read_positions import NarrowedLayers
 from peft_dpzero.estimation.shortcuts.stacked_attention import FoldedAttention
 from peft_dpzero.estimation.shortcuts.trunk import SharedTrunk
 from peft_dpzero.estimation.state import KeptState
-from peft_dpzero.estimation.tasks import LabelPositionTask, Task, TokenTask, labels_of
+from peft_dpzero.estimation.tasks import Task, TokenTask, labels_of, read_losses
+from peft_dpzero.modules import unwrapped
 
 MicroBatch = Mapping[str, Any]
 
@@ -181,11 +182,7 @@ class Losses:
         last, few = self.shortcuts.read_positions, self.shortcuts.filled_rows
         narrowed = last.narrowed(partial(self._positions, batch)) if last else nullcontext()
         with narrowed, few.filled() if few else nullcontext():
-            if (head := self.shortcuts.label_logits) is None:
-                losses = self.task.losses(self.model(**inputs), batch)
-            else:
-                assert isinstance(self.task, LabelPositionTask)
-                losses = self.task.losses_from(head.logits(self.model, inputs), batch)
+            losses = read_losses(self.task, self.model, inputs, batch, self.shortcuts.label_logits)
         if losses.ndim != 1:
             raise DPZeroError(
                 f"The per-example loss has {losses.ndim} dimensions and must have one, (batch,): it must not be "
@@ -227,5 +224,5 @@ def _nothing() -> None:
 
 
 def _takes_use_cache(model: Any) -> bool:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrapped(model)
     return "use_cache" in inspect.signature(base.forward).parameters

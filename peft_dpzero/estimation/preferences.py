@@ -32,6 +32,7 @@ class PairTask(Task):
     """A task over rows (b, 2, l)."""
 
     token_labels = False
+    sequences = 2
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         return {key: batch[key].flatten(0, 1) for key in _FOR_MODEL if key in batch}

@@ -20,9 +20,13 @@ from transformers.utils import ModelOutput
 
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.shapes import IGNORE, may_have_company
-from peft_dpzero.estimation.shortcuts.label_logits import CHUNK_ENTRIES, FullLogits, Logits
+from peft_dpzero.estimation.shortcuts.filled_rows import ROWS
+from peft_dpzero.estimation.shortcuts.label_logits import CHUNK_ENTRIES, FullLogits, Logits, OutputHead
+from peft_dpzero.modules import unwrapped
 
 Batch = Mapping[str, Any]
+# Of so many positions, or a multiple, logits are made at a time where the vocabulary allows it.
+_POSITIONS = 16
 LossFunction = Callable[[Any, Tensor], Tensor]
 
 
@@ -55,9 +59,11 @@ class Task:
 
     Attributes:
         token_labels: whether labels belong to tokens, (b, l); None tells by their shape.
+        sequences: how many sequences the model reads for a row.
     """
 
     token_labels: bool | None = None
+    sequences: int = 1
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Forward arguments: the batch without labels, so that the model computes no loss of its own."""
@@ -197,9 +203,10 @@ class FunctionTask(Task):
     def _loss(self, outputs: Any, labels: Tensor) -> Tensor:
         loss = widened(torch.as_tensor(self.function(outputs, labels)))
         if loss.shape != (1,):
+            # How many numbers it returned may be the row's length.
             raise DPZeroError(
-                f"per_example_loss returned shape {tuple(loss.shape)} for one row and must return (1,): one loss for "
-                "each row that it is given, not averaged over the batch."
+                "per_example_loss must return (1,) for one row: one loss for each row that it is given, neither "
+                "averaged over the batch nor one for each token."
             )
         return loss
 
@@ -222,7 +229,11 @@ def _row_of(outputs: Any, row: int, count: int) -> Any:
 
 
 def _positions_at_once(vocabulary: int, available: int) -> int:
-    return max(1, min(CHUNK_ENTRIES // vocabulary, available))
+    """Of how many positions logits are made at a time: no rows are left over, which kernels treat in another way, so
+    that it does not matter which of them a label has."""
+    most = CHUNK_ENTRIES // vocabulary
+    rows = _POSITIONS if most >= _POSITIONS else ROWS
+    return max(rows, min(most // rows, -(-available // rows)) * rows)
 
 
 def cross_entropy_at(logits: Logits, row: Tensor, position: Tensor, targets: Tensor, available: int) -> Tensor:
@@ -241,13 +252,21 @@ def cross_entropy_at(logits: Logits, row: Tensor, position: Tensor, targets: Ten
     return torch.cat(pieces)
 
 
+def read_losses(task: Task, model: Any, inputs: dict[str, Any], batch: Batch, head: OutputHead | None) -> Tensor:
+    """A pass's losses, (b,), and with a `head` no logits but those that a `LabelPositionTask` reads."""
+    if head is None:
+        return task.losses(model(**inputs), batch)
+    assert isinstance(task, LabelPositionTask)
+    return task.losses_from(head.logits(model, inputs), batch)
+
+
 def infer_task(model: Any) -> Task:
     """The task that the model's class was made for.
 
     Raises:
         DPZeroError: the class names no task that is known here.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrapped(model)
     config = getattr(base, "config", None)
     names = [kind.__name__ for kind in type(base).__mro__]
 

@@ -66,7 +66,7 @@ class Released:
 
 
 class Processes(Protocol):
-    """The processes of a run: `reduce` sums over them, `broadcast` copies from the first."""
+    """The processes of a run: `sum` sums over them, `broadcast` copies from the first."""
 
     is_main_process: bool
 

@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from peft_dpzero.config import MOST_VECTORS
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.perturbation.directions import Directions
 from peft_dpzero.perturbation.orthogonal import OrthogonalCoordinates
 
-# So many vectors at most, which the exact sums allow.
-MOST_VECTORS = 2048
 _FRACTION_BITS = 15
 _WEIGHT_BITS = 26
 # Entries that are combined at once, and directions that are made at once.

@@ -269,7 +269,7 @@ def _in_parallel(work: Callable[[list[Piece]], None], chunks: Iterator[list[Piec
         wait(futures)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     """One pool a process: after a fork the parent's threads are gone."""
     return ThreadPoolExecutor(threads, thread_name_prefix=f"directions-{process}")

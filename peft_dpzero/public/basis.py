@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
+from peft_dpzero.config import MOST_VECTORS
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.losses import MicroBatch
 from peft_dpzero.estimation.shortcuts.label_logits import OutputHead
-from peft_dpzero.estimation.tasks import LabelPositionTask, Task
+from peft_dpzero.estimation.tasks import LabelPositionTask, Task, read_losses
 from peft_dpzero.modules import with_precision
-from peft_dpzero.perturbation.basis import MOST_VECTORS, Basis
+from peft_dpzero.perturbation.basis import Basis
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,6 @@ def find_basis(
     collate: Callable[[list[Any]], Mapping[str, Any]],
     place: Callable[[MicroBatch], MicroBatch],
     size: int,
-    seed: int = 0,
     until: float | None = None,
     fewest: int | None = None,
 ) -> Basis:
@@ -66,7 +66,6 @@ def find_basis(
         collate: makes a micro-batch of a row.
         place: moves it to the model's device.
         size: r; fewer vectors come back if the gradients span fewer.
-        seed: of the order.
         until: when there are enough gradients, by `time.monotonic`, if there are `fewest`.
         fewest: vectors that do where memory or time are short; by default `size`.
 
@@ -83,11 +82,11 @@ def find_basis(
             f"A basis of {fewest} vectors over {entries:,} trainable parameters takes too much memory: lower "
             "basis_size, or train fewer parameters (a smaller LoRA rank, fewer layers)."
         )
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: _TEXTS_A_VECTOR * size].tolist()
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: _TEXTS_A_VECTOR * size].tolist()
     gradients: dict[str, Tensor] = {}  # of those that are not always 0: [texts, d_i]
     model.eval()
     read: Callable[[MicroBatch], Tensor] | None = None
-    done = 0
+    done, finite = 0, False
     for chosen in tqdm(order, desc="Public gradients", delay=_PATIENCE):
         if until is not None and done >= fewest and time.monotonic() > until:
             logger.info("Time for the basis is over after %d of %d texts.", done, len(order))
@@ -95,16 +94,21 @@ def find_basis(
         row = place(collate([dict(rows[chosen])]))
         read = read or _reader(model, task, row)
         with torch.enable_grad():
-            made = torch.autograd.grad(read(row).sum(), list(parameters.values()), allow_unused=True)
-        for name, gradient in zip(parameters, made, strict=True):
+            loss = read(row).sum()
+            made = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        for name, gradient in zip(parameters, made, strict=True) if loss.isfinite() else ():
             if gradient is not None and (name in gradients or bool(gradient.any())):
                 if name not in gradients:
                     gradients[name] = torch.zeros(len(order), gradient.numel())
                 gradients[name][done] = gradient.flatten()
-        done += 1
+        done, finite = done + 1, finite or bool(loss.isfinite())
     moved = [name for name in parameters if name in gradients]
     if not moved:
-        raise DPZeroError("No trainable parameter moves the loss on public_text: is the adapter active?")
+        raise DPZeroError(
+            "No trainable parameter moves the loss on public_text: is the adapter active?"
+            if finite
+            else "No text of public_text has a loss: for label words, add your rows' prompt to each, mask token too."
+        )
     return Basis.of(_top_vectors([gradients[name][:done] for name in moved], size), moved)
 
 
@@ -112,16 +116,13 @@ def find_basis(
 def _reader(model: nn.Module, task: Task, batch: MicroBatch) -> Callable[[MicroBatch], Tensor]:
     """How a micro-batch's losses are read: from the logits at labels alone, if that gives those of `batch`."""
 
-    def whole(batch: MicroBatch) -> Tensor:
-        return task.losses(model(**task.inputs(batch)), batch)
+    def reader(head: OutputHead | None) -> Callable[[MicroBatch], Tensor]:
+        return lambda batch: read_losses(task, model, task.inputs(batch), batch, head)
 
-    head = OutputHead.of(model)
+    whole, head = reader(None), OutputHead.of(model)
     if head is None or not isinstance(task, LabelPositionTask):
         return whole
-
-    def at_labels(batch: MicroBatch) -> Tensor:
-        return task.losses_from(head.logits(model, task.inputs(batch)), batch)
-
+    at_labels = reader(head)
     losses, precise = with_precision(model, lambda: whole(batch))
     rounding = _ROUNDING if precise else _ROUNDING_HALF
     try:

@@ -15,7 +15,7 @@ _LONGEST = 512
 
 
 def public_rows(
-    text: Any, task: Task, model: Any, tokenizer: Any, max_length: int | None = None, seed: int = 0
+    text: Any, task: Task, model: Any, tokenizer: Any, max_length: int | None = None
 ) -> list[dict[str, Any]]:
     """Rows with the labels that a task reads: any class at random, or a text's own tokens.
 
@@ -25,7 +25,6 @@ def public_rows(
         model: tells the number of classes.
         tokenizer: for strings.
         max_length: tokens to which strings are cut.
-        seed: of the labels.
 
     Raises:
         DPZeroError: there is no text, no tokenizer for strings, or rows lack labels that cannot be made up.
@@ -35,7 +34,7 @@ def public_rows(
     rows = [text[i] for i in range(len(text))]
     if isinstance(rows[0], str):
         rows = _tokenized(rows, tokenizer, max_length)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     classes = classes_of(task, model)
     if classes is not None:
         labels = torch.randint(0, classes, (len(rows),), generator=generator).tolist()

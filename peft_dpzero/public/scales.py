@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peft_dpzero.config import DEFAULT_DIFFERENCE, DPZeroConfig
 from peft_dpzero.errors import DPZeroError
-from peft_dpzero.estimation.differences import losses_at, points_of
+from peft_dpzero.estimation.differences import losses_at, points_of, slopes_of
 from peft_dpzero.estimation.losses import Losses, MicroBatch
 from peft_dpzero.estimation.shapes import stacked_rows
 from peft_dpzero.perturbation.perturbation import Perturbation
@@ -172,9 +172,7 @@ def _slopes(
     points = [points_of(_DIRECTIONS, move, difference) for move in moves]
     values = torch.cat(losses_at(losses, rows, perturbation, 0, list(chain(*points))), dim=1)  # [all points, rows]
     sides = zip(moves, torch.split(values, [len(some) for some in points]), strict=True)
-    if difference == "forward":
-        return [(at[1:] - at[0]).T / move for move, at in sides]
-    return [(at[0::2] - at[1::2]).T / (2 * move) for move, at in sides]
+    return [slopes_of(at, move, difference).T for move, at in sides]
 
 
 def measure_seconds(losses: Losses, row: MicroBatch, perturbation: Perturbation) -> Seconds:

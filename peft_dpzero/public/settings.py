@@ -14,8 +14,9 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from peft_dpzero.config import DPZeroConfig, SettledConfig
-from peft_dpzero.errors import DPZeroError
+from peft_dpzero.errors import TooLittleTime
 from peft_dpzero.mechanism.accountant import Accountant
+from peft_dpzero.mechanism.laplace import laplace_noise_multiplier
 from peft_dpzero.perturbation.orthogonal import angles
 from peft_dpzero.public.scales import Pace, Seconds, Slopes
 
@@ -158,7 +159,7 @@ def choose_sizes(
         steps: T if it is given.
 
     Raises:
-        DPZeroError: not even the smallest batch with one direction can be had for so little time.
+        TooLittleTime: not even the smallest batch with one direction can be had for so little time.
     """
     batches = [batch] if batch else [b for b in _BATCHES if b <= num_units // 4] or [max(1, num_units // 4)]
     known = config.known_directions
@@ -189,7 +190,7 @@ def choose_sizes(
     found = list(choices())
     if not found:
         least = pace_of(batches[0], known or 1).seconds(steps or FEWEST_STEPS)
-        raise DPZeroError(
+        raise TooLittleTime(
             f"{steps or FEWEST_STEPS} steps take {least / 60:.1g} minutes at least here, and {budget / 60:.1g} are "
             "left of `minutes`: give more, or train fewer or higher layers."
         )
@@ -225,9 +226,9 @@ def rough_noise(config: DPZeroConfig, sample_rate: float, steps: int) -> float:
     """
     if config.noise_multiplier is not None:
         return config.noise_multiplier
-    if config.mechanism == "laplace":
-        return sample_rate * steps
     assert config.target_epsilon is not None
+    if config.mechanism == "laplace":
+        return laplace_noise_multiplier(config.target_epsilon, sample_rate, steps, config.neighboring)
     assert config.target_delta is not None
     # Beyond this ε nothing is hidden, and exp overflows.
     mu = _gaussian_privacy(min(config.target_epsilon, 500.0), config.target_delta)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,8 @@ from torch import nn
 from transformers import AutoConfig
 
 from peft_dpzero.errors import DPZeroError
+from peft_dpzero.modules import module_from
+from peft_dpzero.release.adapter import ADAPTER_CONFIG_NAME
 from peft_dpzero.release.journal import JOURNAL_NAME, read_journal
 
 
@@ -33,7 +33,7 @@ def load_start_model(base: str | Path, folder: Path, model_class: str | None = N
     kind = _named_class(model_class) if model_class else _transformers_class(noted["class"])
     try:
         model: nn.Module = kind.from_pretrained(base, **_head(kind, base, noted["num_labels"]))
-        if (folder / "adapter_config.json").exists():
+        if (folder / ADAPTER_CONFIG_NAME).exists():
             adapter = PeftConfig.from_pretrained(folder)
             adapter.inference_mode, adapter.base_model_name_or_path = False, None
             if hasattr(adapter, "prompt_tuning_init"):
@@ -66,15 +66,8 @@ def _transformers_class(name: str) -> Any:
 def _named_class(name: str) -> Any:
     module_name, _, class_name = name.rpartition(":")
     try:
-        if module_name.endswith(".py"):
-            specification = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)
-            assert specification is not None
-            assert specification.loader is not None
-            module = importlib.util.module_from_spec(specification)
-            sys.modules[specification.name] = module
-            specification.loader.exec_module(module)
-        else:
-            module = importlib.import_module(module_name)
+        is_file = module_name.endswith(".py")
+        module = module_from(Path(module_name)) if is_file else importlib.import_module(module_name)
         return getattr(module, class_name)
     except Exception as error:
         raise DPZeroError(f"--model-class {name} cannot be imported: {error}") from None

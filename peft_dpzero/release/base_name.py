@@ -11,6 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from peft_dpzero.errors import DPZeroError
+from peft_dpzero.modules import unwrapped
 from peft_dpzero.release.adapter import ADAPTER_CONFIG_NAME, PLACE
 
 _BASE = "base_model_name_or_path"
@@ -32,7 +33,7 @@ def base_name(model: Any, given: str | None = None) -> str | None:
     """
     if given is not None:
         return given_name(given)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrapped(model)
     adapter = model.peft_config[model.active_adapter] if hasattr(model, "peft_config") else None
     places = (
         getattr(adapter, _BASE, None),

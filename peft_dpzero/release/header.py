@@ -10,7 +10,7 @@ from typing import Any
 from peft_dpzero.config import SettledConfig
 from peft_dpzero.mechanism.accountant import Segment
 from peft_dpzero.mechanism.plan import PrivacyPlan
-from peft_dpzero.modules import class_of
+from peft_dpzero.modules import class_of, unwrapped
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.release.adapter import adapter_header
 from peft_dpzero.release.digests import start_digest
@@ -32,7 +32,6 @@ def plan_header(
     plan: PrivacyPlan,
     perturbation: Perturbation,
     optimizer: DPZeroOptimizer,
-    model: Any = None,
     start: str | None = None,
     chosen: dict[str, Any] | None = None,
     frozen: dict[str, Any] | None = None,
@@ -41,17 +40,16 @@ def plan_header(
 
     Args:
         plan: the segment's plan.
-        perturbation: over the model.
+        perturbation: over the model. Its class and number of labels are noted, so that its base can be built again,
+            with its adapter's configuration and a hash of its frozen weights.
         optimizer: what applies the releases.
-        model: the model. Its class and number of labels are noted, so that its base can be built again, with its
-            adapter's configuration and a hash of its frozen weights. None takes the one that `perturbation` is over.
         chosen: the settings that were chosen and not given, and what from.
         frozen: from `frozen_header`, if all processes had to take part; None makes it here.
         start: digest of the run's start; None takes parameters as they are now.
     """
-    model = perturbation.model if model is None else model
+    model = perturbation.model
     requested = plan.config if plan.requested is None else plan.requested
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrapped(model)
     return {
         "format_version": FORMAT_VERSION,
         "config": {k: str(v) if v == math.inf else v for k, v in asdict(plan.config.settled()).items()},

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from decimal import ROUND_CEILING, Decimal
-from typing import Any
+from typing import Any, TypeVar
 
 DIGITS = 4
+T = TypeVar("T")
 
 
-def rounded_up(value: float, digits: int = DIGITS) -> float:
+def rounded_up(value: float) -> float:
     """The smallest number of so many significant digits that is not below `value`; an infinite one as it is.
 
     >>> rounded_up(1.99951234), rounded_up(2.0), rounded_up(1e-5)
@@ -18,10 +20,15 @@ def rounded_up(value: float, digits: int = DIGITS) -> float:
     if not math.isfinite(value):
         return value
     exact = Decimal(value)
-    shown = Decimal(f"{value:.{digits}g}")
+    shown = Decimal(f"{value:.{DIGITS}g}")
     if shown < exact and float(shown) < value:
-        shown = exact.quantize(Decimal(1).scaleb(exact.adjusted() - digits + 1), ROUND_CEILING)
+        shown = exact.quantize(Decimal(1).scaleb(exact.adjusted() - DIGITS + 1), ROUND_CEILING)
     return float(shown)
+
+
+def thinned(values: Sequence[T], most: int) -> Sequence[T]:
+    """At most so many of the values, evenly and with the last."""
+    return values[::-1][:: -(-len(values) // most)][::-1]
 
 
 def short(value: Any) -> Any:

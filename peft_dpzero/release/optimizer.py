@@ -169,7 +169,7 @@ class DPZeroSGD(DPZeroOptimizer):
 
     def _update(self, state: State, value: Tensor, group: dict[str, Any], rate: float) -> Update:
         decay, momentum = group["weight_decay"], group["momentum"]
-        velocity = state.setdefault("momentum", torch.zeros_like(value)).view(-1) if momentum else None
+        velocity = _held(state, "momentum", value) if momentum else None
 
         def update(part: slice, gradient: Tensor) -> None:
             if decay:
@@ -216,7 +216,7 @@ class DPZeroAdamW(DPZeroOptimizer):
     def _update(self, state: State, value: Tensor, group: dict[str, Any], rate: float) -> Update:
         state["step"] = state.get("step", torch.zeros((), dtype=torch.int64)) + 1
         (beta1, beta2), steps = group["betas"], int(state["step"])
-        mean, square = (state.setdefault(n, torch.zeros_like(value)).view(-1) for n in ("exp_avg", "exp_avg_sq"))
+        mean, square = (_held(state, name, value) for name in ("exp_avg", "exp_avg_sq"))
         # η m̂ / (√v̂ + ε) with the corrections taken out of the division.
         unbias = math.sqrt(1 - beta2**steps)
         scale, eps, shrink = rate * unbias / (1 - beta1**steps), group["eps"] * unbias, 1 - rate * group["weight_decay"]
@@ -256,6 +256,13 @@ def optimizer_of(settings: list[dict[str, Any]], perturbation: Perturbation) -> 
         for group in settings
     ]
     return kind(groups, lr=0.0)  # type: ignore[call-arg]
+
+
+def _held(state: State, name: str, like: Tensor) -> Tensor:
+    """A flat view of what is kept under `name`; at first, zeros like `like`."""
+    if name not in state:
+        state[name] = torch.zeros_like(like)
+    return state[name].view(-1)
 
 
 def _root(square: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft_dpzero.mechanism.accountant import Accountant, Segment, first_releases
-from peft_dpzero.release.numbers import rounded_up
+from peft_dpzero.release.numbers import rounded_up, thinned
 
 PICTURE_NAME = "privacy.svg"
 _WIDTH, _HEIGHT = 640, 220
@@ -29,7 +29,7 @@ def save_picture(record: dict[str, Any], folder: Path) -> Path | None:
     charts = [_Chart("ε spent", "#1f5fa8", spending(record), 0.0, rounded_up(record["epsilon"]))]
     losses = [(float(step), loss) for step, loss in (record["released_losses"] or {}).items()]
     if losses:
-        losses = losses[::-1][:: -(-len(losses) // _MOST_LOSSES)][::-1]
+        losses = [*thinned(losses, _MOST_LOSSES)]
         values = [0.0, *(loss for _, loss in losses)]
         charts.append(_Chart("training loss (noisy, within the ε)", "#a8501f", losses, min(values), max(values)))
     path.write_text(_svg(charts, record["steps"]), encoding="utf-8")

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -23,7 +22,7 @@ START_NAME = "dpzero_start.safetensors"
 BASIS_NAME = "dpzero_basis.safetensors"
 
 
-def save_start(model: Any, perturbation: Perturbation, folder: Path) -> None:
+def save_start(perturbation: Perturbation, folder: Path) -> None:
     """Writes an adapter's starting weights to `dpzero_start.safetensors`, since the base model does not tell them.
 
     That holds for those that are not trained as well, such as LoRA's A where it is frozen.
@@ -31,7 +30,7 @@ def save_start(model: Any, perturbation: Perturbation, folder: Path) -> None:
     A model without an adapter starts at the base itself, and nothing is written.
     """
     path = folder / START_NAME
-    if not hasattr(model, "peft_config"):
+    if not hasattr(perturbation.model, "peft_config"):
         path.unlink(missing_ok=True)
         return
     _write(path, {name: p.detach().to("cpu").contiguous().clone() for name, p in perturbation.with_adapter.items()})

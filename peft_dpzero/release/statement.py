@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from peft_dpzero.release.numbers import rounded_up, short
+from peft_dpzero.release.numbers import rounded_up, short, thinned
 from peft_dpzero.release.record import RECORD_NAME
 
 PRIVACY_HEADING = "## Privacy"
@@ -84,9 +84,7 @@ def _loss_table(record: dict[str, Any]) -> list[str]:
     losses = list((record["released_losses"] or {}).items())
     if not losses:
         return []
-    every = -(-len(losses) // _LOSS_ROWS)
-    shown = losses[::-1][::every][::-1]
-    rows = (f"| {step} | {short(loss)} |" for step, loss in shown)
+    rows = (f"| {step} | {short(loss)} |" for step, loss in thinned(losses, _LOSS_ROWS))
     return ["| step | training loss (noisy, within the ε) |", "|---|---|", *rows, ""]
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import transformers
 from transformers.modelcard import TASK_MAPPING
 
+from peft_dpzero.modules import unwrapped
+
 USAGE_HEADING = "## How to use it"
 REPOSITORY, BASE = "THIS_REPOSITORY", "FOLDER_OF_THE_BASE"
 _AUTO = {
@@ -38,13 +40,13 @@ model = PeftModel.from_pretrained(base, "{repository}")
 
 def pipeline_tag(model: Any) -> str | None:
     """The Hub's name for what the model's class does; None if transformers knows no such class."""
-    kind = type(_base(model)).__name__
+    kind = type(unwrapped(model)).__name__
     return next((task for task, kinds in TASK_MAPPING.items() if kind in set(_flat(kinds.values()))), None)
 
 
 def label_names(model: Any) -> dict[int, str] | None:
     """A classifier's names of its classes, by their number."""
-    names = getattr(getattr(_base(model), "config", None), "id2label", None)
+    names = getattr(getattr(unwrapped(model), "config", None), "id2label", None)
     return {int(number): str(name) for number, name in names.items()} if _names_labels(model) and names else None
 
 
@@ -62,7 +64,7 @@ def usage(model: Any, base: str | None, repository: str | None, tokenizer: Any, 
     if not has_weights:
         text = _REPLAY.format(base=named, repository=own)
     elif (auto := _auto_class(model)) is None:
-        kind = type(_base(model)).__name__
+        kind = type(unwrapped(model)).__name__
         text = _OWN_CLASS.format(kind=kind, repository=own) if _is_adapter(model) else f"It is a `{kind}`.\n"
     else:
         lines = _python(model, auto, named, own, tokenizer)
@@ -105,7 +107,7 @@ def _example(task: str | None, tokenizer: Any) -> str | list[dict[str, str]]:
 
 
 def _auto_class(model: Any) -> str | None:
-    kind = type(_base(model)).__name__
+    kind = type(unwrapped(model)).__name__
     found = _AUTO.get(pipeline_tag(model) or "")
     return found or (kind if hasattr(transformers, kind) else None)
 
@@ -116,10 +118,6 @@ def _names_labels(model: Any) -> bool:
 
 def _is_adapter(model: Any) -> bool:
     return hasattr(model, "peft_config")
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if _is_adapter(model) else model
 
 
 def _flat(values: Any) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_dpzero.config import DPZeroConfig
+from peft_dpzero.modules import unwrapped
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.release.base_name import base_name, name_base
 from peft_dpzero.release.bundle import copy_evidence, with_digests
@@ -42,7 +43,7 @@ def save_beside(
     fields = card_fields(card_data)
     base = base_name(model, fields.pop("base_model", None))
     name_base(folder, base)
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    inner = unwrapped(model)
     if hasattr(inner, "can_generate") and inner.can_generate():
         inner.generation_config.save_pretrained(folder)
     config.save_pretrained(folder)

@@ -1,1 +1,1 @@
-"""Who drives the step: the Trainer."""
+"""Who drives the step: a run, and the Trainer over it."""

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.release.digests import files_digest
 from peft_dpzero.release.journal import JOURNAL_NAME, Journal
 from peft_dpzero.release.record import RECORD_NAME
+
+_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
 def checkpoint_to_resume(resume: str | bool | None, journal: Journal | None) -> str | None:
@@ -22,36 +26,50 @@ def checkpoint_to_resume(resume: str | bool | None, journal: Journal | None) -> 
         journal: the run's, beside its checkpoints.
 
     Raises:
-        DPZeroError: the checkpoint is of a later step than the journal, or the one that is named is not whole.
+        DPZeroError: the checkpoint is of a later step than the journal, or the one that is named is not whole, or of
+            another run.
     """
     if not resume or journal is None:
         return None
     folder, steps = journal.path.parent, len(journal.entries)
-    newest = Path(get_last_checkpoint(folder) or "") if resume is True and folder.is_dir() else Path(str(resume))
+    newest = str(resume) if resume is not True else get_last_checkpoint(folder) if folder.is_dir() else None
     # Without a journal, what the checkpoints cost is unknown.
-    if (step := checkpoint_step(newest)) > steps:
+    if newest is not None and (step := checkpoint_step(Path(newest))) > steps:
         raise DPZeroError(
             f"The checkpoint is at step {step} but the journal holds {steps} releases, so the ε spent is unknown: "
             f"put {JOURNAL_NAME} of that run into output_dir."
         )
     if resume is True:
-        return last_whole_checkpoint(folder)
-    if not is_whole(newest):
+        return _last_checkpoint(journal)
+    assert newest is not None
+    if not is_whole(Path(newest)):
         raise DPZeroError(f"{newest} is incomplete or damaged: pass resume_from_checkpoint=True for one that is not.")
-    return str(newest)
+    if not _is_of(Path(newest), journal):
+        raise DPZeroError(
+            f"{newest} is of another run than the journal in {folder}, which does not count its releases: resume it in "
+            "its own output_dir."
+        )
+    return newest
 
 
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint in `folder` that was written to its end; None if there is none."""
-    steps = {checkpoint_step(path): path for path in folder.glob("checkpoint-*") if path.is_dir()}
-    return next((str(steps[step]) for step in sorted(steps, reverse=True) if is_whole(steps[step])), None)
+def _last_checkpoint(journal: Journal) -> str | None:
+    """The newest of the run's checkpoints that was written to its end; None if there is none."""
+    folders = [path for path in journal.path.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    newest_first = sorted(folders, key=checkpoint_step, reverse=True)
+    return next((str(path) for path in newest_first if is_whole(path) and _is_of(path, journal)), None)
+
+
+def _is_of(checkpoint: Path, journal: Journal) -> bool:
+    """Whether the journal goes on from the one that was saved with the checkpoint."""
+    saved = checkpoint / JOURNAL_NAME
+    return saved.exists() and journal.path.read_bytes().startswith(saved.read_bytes())
 
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether all of a checkpoint is there: its weights as its record has them, its optimizer, its state."""
     try:
         record = json.loads((checkpoint / RECORD_NAME).read_text(encoding="utf-8"))
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         for name in ("optimizer.pt", "scheduler.pt"):
             torch.load(checkpoint / name, map_location="cpu", weights_only=True)
         weights = record["weights"]
@@ -62,6 +80,10 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """The number of steps done at a folder named checkpoint-N; 0 for another name."""
-    digits = checkpoint.name.rpartition("-")[2]
-    return int(digits) if digits.isdigit() else 0
+    """The number of steps done at a checkpoint, by its name or its state; 0 if neither tells."""
+    if named := _NAME.fullmatch(checkpoint.name):
+        return int(named[1])
+    try:
+        return int(json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0

@@ -54,14 +54,14 @@ def enter_journal(
     Raises:
         DPZeroError: the journal is of a run with other settings, or the start is not that run's.
     """
-    folder, model = journal.path.parent, perturbation.model
+    folder = journal.path.parent
     folder.mkdir(parents=True, exist_ok=True)
     first = journal.segments[0].header if journal.entries else None
     start = None if first is None else str(first["start"])
     if start is None:
-        save_start(model, perturbation, folder)
+        save_start(perturbation, folder)
         save_basis(perturbation.basis, folder)
     elif not at_checkpoint:
         load_start(perturbation, folder, start)
-    header = plan_header(plan, perturbation, optimizer, model, start, chosen, frozen)
+    header = plan_header(plan, perturbation, optimizer, start, chosen, frozen)
     journal.begin(header if first is None else in_version(header, first["format_version"]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,10 @@ from peft_dpzero.estimation.preferences import PairTask
 from peft_dpzero.estimation.shortcuts.label_logits import OutputHead
 from peft_dpzero.estimation.tasks import LabelPositionTask, Task
 from peft_dpzero.estimation.verbalizer import Verbalizer
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _Host
-else:
-    _Host = object
+from peft_dpzero.training.host import Host
 
 
-class EvaluatingMixin(_Host):  # type: ignore[misc]
+class EvaluatingMixin(Host):
     """Evaluation, which reads no private row. Preferences are evaluated by TRL's own loss."""
 
     task: Task

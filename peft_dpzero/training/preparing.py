@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils import DynamoBackend
 from torch import nn
@@ -23,20 +23,15 @@ from peft_dpzero.perturbation.perturbation import KEPT_ENTRIES_IN_BASIS, Perturb
 from peft_dpzero.public.basis import find_basis
 from peft_dpzero.public.rows import public_rows
 from peft_dpzero.public.settings import BASIS_SIZES, Settings
+from peft_dpzero.training.host import Host
 from peft_dpzero.training.measured_rows import MOST_ROWS, PUBLIC, public_batches, rows_to_measure
-from peft_dpzero.training.run import RunOnDisk
 from peft_dpzero.training.settling import Given, Measured, find_settings
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _Host
-else:
-    _Host = object
 
 # The part of `minutes` after which a basis is made of the gradients that there are.
 _FOR_BASIS = 0.1
 
 
-class PreparingMixin(_Host):  # type: ignore[misc]
+class PreparingMixin(Host):
     """The part of a private Trainer that comes before training. No private row is read."""
 
     dpzero_config: DPZeroConfig
@@ -47,11 +42,6 @@ class PreparingMixin(_Host):  # type: ignore[misc]
     _given: Given
     _compiled: Any
     _passes: Passes
-
-    @property
-    def run(self) -> RunOnDisk:
-        """The private run."""
-        raise NotImplementedError
 
     def _prepare_run(self, deadline: float | None) -> None:
         """Settles what the run lacks, with the Trainer's arguments, and tries how rows go through the model.
@@ -80,12 +70,12 @@ class PreparingMixin(_Host):  # type: ignore[misc]
         # What was measured on one process may be no other's.
         self._passes = found[0] if found and run.processes.count == 1 else self._passes_of(tried, perturbation)
 
-    def tune_on(self, public_dataset: Any = None, minutes: float = 5.0) -> Measured:
+    def tune_on(self, public_dataset: Any = None, minutes: float | None = None) -> Measured:
         """Measures what a run of `minutes` would be, without a private row, and changes nothing.
 
         Args:
             public_dataset: rows as in training, public: in place of `public_text` and made-up rows.
-            minutes: how long training may take on this machine, unless the config says.
+            minutes: how long training may take on this machine; by default the config's, or 5.
 
         Raises:
             DPZeroError: `public_dataset` is the training data, the losses of its rows cannot be measured, or the model
@@ -93,10 +83,10 @@ class PreparingMixin(_Host):  # type: ignore[misc]
         """
         if is_sharded(self.model):
             raise DPZeroError("tune_on times the passes of one process, and with fsdp all run together: leave it out.")
-        check_public(public_dataset, self.train_dataset)
+        check_public(public_dataset, self.train_dataset, "public_dataset")
         if not self._compiles:
             self.accelerator.prepare_model(self.model.eval())
-        run, minutes = self.run, self.dpzero_config.minutes or minutes
+        run, minutes = self.run, minutes or self.dpzero_config.minutes or 5.0
         run.keep_still(self.model)
         if run.basis is None and self.public_text is not None:
             run.lie_in(self._found_basis(minutes))

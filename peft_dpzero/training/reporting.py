@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from transformers.trainer_utils import TrainOutput
 
-from peft_dpzero.training.run import RunOnDisk
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _Host
-else:
-    _Host = object
+from peft_dpzero.training.host import Host
 
 # Released, public beforehand, or a time. `grad_norm` is the release's.
 _ALLOWED = frozenset(
@@ -30,16 +25,11 @@ _EXPECTED = _LOSSES | {"total_flos"}
 _LOOP = "train"
 
 
-class ReportingMixin(_Host):  # type: ignore[misc]
+class ReportingMixin(Host):
     """Logs, metrics and what they are made of."""
 
     _metric_prefixes: set[str]
     _left_out: set[str]
-
-    @property
-    def run(self) -> RunOnDisk:
-        """The private run."""
-        raise NotImplementedError
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in the Trainer, less what is not known to be public, plus the ε spent so far (an upper bound) and, if it

@@ -18,7 +18,7 @@ from peft_dpzero.config import DEFAULT_DISTRIBUTION, DISTRIBUTION_IN_BASIS, DPZe
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.batching import Collator, LogicalBatches
 from peft_dpzero.estimation.losses import Losses
-from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
+from peft_dpzero.estimation.sampling import PoissonSampler, new_secret, seeded_secret
 from peft_dpzero.estimation.shapes import Shapes
 from peft_dpzero.estimation.units import units_by_column
 from peft_dpzero.mechanism.plan import PrivacyPlan
@@ -116,10 +116,15 @@ class RunOnDisk:
         return self._plan
 
     @property
+    def rows_a_unit(self) -> int:
+        """How many rows a unit may have in a step."""
+        return 1 if self.units is None else self.units.max_examples
+
+    @property
     def expected_rows(self) -> float:
         """Rows that a process draws in a step, on average, or at most so many if units hold several."""
         units = self.expected_batch_size / self.processes.count
-        return units * (1 if self.units is None else self.units.max_examples)
+        return units * self.rows_a_unit
 
     def keep_still(self, model: nn.Module) -> None:
         """Takes from what is trained LoRA's A where B is 0, or where a run goes on what it did not train.
@@ -232,16 +237,17 @@ class RunOnDisk:
 
         self.segments = self.processes.on_main(entered)
 
-    def batches(self, dataset: Any, collate: Collator, shapes: Shapes, secret: bytes | None = None) -> LogicalBatches:
+    def batches(self, dataset: Any, collate: Collator, shapes: Shapes, seed: int = 0) -> LogicalBatches:
         """This process's share of the run's private batches.
 
         Args:
             dataset: the run's, or a view of it with fewer columns.
             collate: makes a row (1, …) of a list of one example.
             shapes: how rows are padded, and which share a pass.
-            secret: the sampling key; by default a new one of the operating system's.
+            seed: of the sampling, where the run is to be deterministic; else the operating system has one.
         """
-        sampler = PoissonSampler(self.plan.num_units, self.plan.sample_rate, secret or new_secret())
+        secret = seeded_secret(seed) if self.config.deterministic else new_secret()
+        sampler = PoissonSampler(self.plan.num_units, self.plan.sample_rate, secret)
         rank, count = self.accelerator.process_index, self.processes.count
         return LogicalBatches(dataset, sampler, collate, shapes, rank, count, self.units)
 
@@ -294,14 +300,8 @@ class RunOnDisk:
 
     def sizes(self, most_rows: int | None, max_tokens: int | None = None, **of_time: Any) -> Sizes:
         """What the settings must suit; `of_time` as in `Sizes`, where the config says `minutes`."""
-        timed = {
-            "batch": self.expected_batch_size,
-            "steps": self.steps,
-            "learning_rate": 0.0,
-            "deadline": None,
-        } | of_time
-        rows_a_unit = 1 if self.units is None else self.units.max_examples
-        return Sizes(self.num_units, rows_a_unit, self.processes.count, most_rows, max_tokens, **timed)
+        timed = {"batch": self.expected_batch_size} | of_time
+        return Sizes(self.num_units, self.rows_a_unit, self.processes.count, most_rows, max_tokens, **timed)
 
     def evidence_in(self, folder: Path) -> tuple[str, ...]:
         """The names of what lies in `folder` because the run goes on there."""

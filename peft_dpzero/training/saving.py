@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from transformers import PreTrainedTokenizerBase
@@ -20,18 +20,13 @@ from peft_dpzero.release.bundle import is_released
 from peft_dpzero.release.card import card_fields, save_card
 from peft_dpzero.release.picture import save_picture
 from peft_dpzero.release.staging import put_in_place, staging
-from peft_dpzero.training.run import RunOnDisk
+from peft_dpzero.training.host import Host
 from peft_dpzero.training.sharding import reshard
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _Host
-else:
-    _Host = object
 
 PUSH_FORMATS = ("weights", "journal")
 
 
-class SavingMixin(_Host):  # type: ignore[misc]
+class SavingMixin(Host):
     """Saving and pushing of a private Trainer."""
 
     # The step that the weights are of, if that is not the last one.
@@ -40,11 +35,6 @@ class SavingMixin(_Host):  # type: ignore[misc]
     _written: tuple[Path, tuple[str, ...]] | None = None
     # What the user gave for the card, for every save from then on.
     _card_data: Mapping[str, Any] = MappingProxyType({})
-
-    @property
-    def run(self) -> RunOnDisk:
-        """The private run."""
-        raise NotImplementedError
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Any] | None = None) -> None:
         reshard(self.model)
@@ -189,9 +179,14 @@ class SavingMixin(_Host):  # type: ignore[misc]
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.is_world_process_zero() or self.args.hub_strategy == "end":
             return
-        message = f"Training in progress, step {self.state.global_step}"
-        job = self._upload(Path(checkpoint_folder), message, token=self.args.hub_token, run_as_future=True)
+        # Each upload has a queue of its own: two at a time could land in either order.
+        under_way: PushInProgress | None = getattr(self, "push_in_progress", None)
+        if under_way is not None and not under_way.is_done() and not self.args.hub_always_push:
+            return
         self._finish_current_push()
+        message = f"Training in progress, step {self.state.global_step}"
+        access = {"token": self.args.hub_token, "revision": self.args.hub_revision}
+        job = self._upload(Path(checkpoint_folder), message, run_as_future=True, **access)
         self.push_in_progress = PushInProgress([job])
 
     def _upload(self, folder: Path, message: str | None, **kwargs: Any) -> Any:

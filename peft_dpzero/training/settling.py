@@ -69,9 +69,9 @@ class Sizes:
     most_rows: int | None
     max_tokens: int | None
     batch: int | None
-    steps: int | None
-    learning_rate: float | None
-    deadline: float | None
+    steps: int | None = None
+    learning_rate: float | None = None
+    deadline: float | None = None
 
 
 @dataclass(frozen=True)
@@ -95,17 +95,18 @@ class Measured:
 
 @dataclass(frozen=True)
 class Given:
-    """What of `TrainingArguments` is not their default, and so the user's word."""
+    """What of the training arguments is not their class's default, and so the user's word."""
 
     batch: int | None
     steps: int | None
+    epochs: float | None
     learning_rate: float | None
     most_rows: int | None
 
     @classmethod
     def of(cls, args: TrainingArguments, optimizers: Any = None) -> Given:
         """Reads them; `optimizers` as passed to the Trainer."""
-        default = {name: field.default for name, field in TrainingArguments.__dataclass_fields__.items()}
+        default = {name: field.default for name, field in type(args).__dataclass_fields__.items()}
         rows = args.per_device_train_batch_size
         asked = rows != default["per_device_train_batch_size"]
         batch = int(rows * args.gradient_accumulation_steps * args.world_size)
@@ -113,6 +114,7 @@ class Given:
         return cls(
             batch if asked or args.gradient_accumulation_steps != 1 else None,
             args.max_steps if args.max_steps > 0 else None,
+            args.num_train_epochs if args.num_train_epochs != default["num_train_epochs"] else None,
             args.learning_rate if own_rate else None,
             rows if asked else None,
         )

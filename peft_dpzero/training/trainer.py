@@ -31,7 +31,6 @@ from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.batching import without_column
 from peft_dpzero.estimation.preferences import PairTask
-from peft_dpzero.estimation.sampling import seeded_secret
 from peft_dpzero.estimation.tasks import Task, as_task
 from peft_dpzero.mechanism.plan import PrivacyPlan
 from peft_dpzero.mechanism.private_sum import Released
@@ -104,6 +103,8 @@ class DPZeroTrainerMixin(PreparingMixin, EvaluatingMixin, SavingMixin, Reporting
         self._sharding = sharding_asked(args)
         check_processes(args.world_size, args.world_size)
         self._given = Given.of(args, kwargs.get("optimizers"))
+        if dpzero_config.minutes is not None and self._given.epochs is not None and self._given.steps is None:
+            raise DPZeroError("With minutes, time decides on the steps: leave num_train_epochs out, or give max_steps.")
         self.dpzero_config = dpzero_config
         self.public_text = public_text
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
@@ -185,8 +186,6 @@ class DPZeroTrainerMixin(PreparingMixin, EvaluatingMixin, SavingMixin, Reporting
         Raises:
             DPZeroError: see the class; also an output folder that holds another run's journal.
         """
-        minutes = self.dpzero_config.minutes
-        deadline = None if minutes is None else time.monotonic() + 60 * minutes
         check_dataset(self.train_dataset)
         if self.public_text is not None and self.args.weight_decay:
             raise DPZeroError("weight_decay shrinks parameters out of the basis of public_text: set it to 0.")
@@ -198,6 +197,9 @@ class DPZeroTrainerMixin(PreparingMixin, EvaluatingMixin, SavingMixin, Reporting
         if self.run.dataset is not self.train_dataset:
             del self.run
         run, folder = self.run, Path(self.args.output_dir)
+        # From here on: how long it takes to read private rows may not decide on sizes.
+        minutes = self.dpzero_config.minutes
+        deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self._weights_step = None
         with run.opened(folder, resume=bool(resume_from_checkpoint), **self._length):
             check_weights(self.model)
@@ -239,8 +241,7 @@ class DPZeroTrainerMixin(PreparingMixin, EvaluatingMixin, SavingMixin, Reporting
         if model is not self.model:
             losses = self._compiled_losses(model, perturbation, losses)
         dataset, collate = self._sampled()
-        secret = seeded_secret(self.args.seed) if self.dpzero_config.deterministic else None
-        batches = run.batches(dataset, collate, passes.shapes, secret)
+        batches = run.batches(dataset, collate, passes.shapes, self.args.seed)
         run.begin(model, batches, losses, perturbation, self._dpzero_optimizer, passes.idle)
 
     def private_collator(self) -> Callable[[list[Any]], dict[str, Any]]:

@@ -52,7 +52,7 @@ class Unreadable(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 def refused(folder: Path, words: str, model: Any = None, dpzero: DPZeroConfig | None = None, **changes: Any) -> None:
     data = changes.pop("train_dataset", Unreadable())
-    names = ("data_collator", "compute_loss_func", "processing_class", "optimizers")
+    names = ("data_collator", "compute_loss_func", "processing_class", "optimizers", "optimizer_cls_and_kwargs")
     keywords = {key: changes.pop(key) for key in names if key in changes}
     with pytest.raises(DPZeroError, match=words):
         DPZeroTrainer(
@@ -100,10 +100,12 @@ def test_impossible_budgets_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, "larger than the data", per_device_train_batch_size=65)
     refused(tmp_path, "1/N", dpzero=config(target_delta=1 / 64))
     refused(tmp_path, "no steps", max_steps=-1, num_train_epochs=0)
+    refused(tmp_path, "num_train_epochs", dpzero=config(minutes=1.0), max_steps=-1, num_train_epochs=2)
 
 
 def test_losses_and_collators_that_join_examples_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, "joins examples", data_collator=DataCollatorWithFlattening())
+    refused(tmp_path, "set optim", optimizer_cls_and_kwargs=(torch.optim.SGD, {}))
     refused(tmp_path, "per_example_loss", compute_loss_func=lambda outputs, labels, num_items_in_batch: 0.0)
 
 
@@ -252,7 +254,7 @@ def test_a_loss_that_is_already_averaged_is_refused(tmp_path: Path) -> None:
         dpzero_config=config(),
         per_example_loss=lambda outputs, labels: outputs.logits.mean(),
     )
-    with pytest.raises(DPZeroError, match="not averaged over the batch"):
+    with pytest.raises(DPZeroError, match="neither averaged over the batch"):
         run.train()
 
 

@@ -481,6 +481,7 @@ DATA_ERRORS: list[tuple[Callable[[Recipe], Any], str]] = [
     (lambda r: r["data"].update(labels=["1", "1"]), "needs at least two different classes"),
     (lambda r: r["data"].update(max_length=65), "data.max_length can be at most 64"),
     (lambda r: r["data"].update(text="{sentence} a b c", max_length=2), "alone is longer than the 2 tokens"),
+    (lambda r: r["data"].update(public=r["data"]["train"]), "data.public is data.train, which is private"),
     (lambda r: r["data"].update(train="no_such_dataset"), "the dataset 'no_such_dataset' cannot be loaded"),
     (lambda r: r["dpzero"].update(target_delta=0.5), "target_delta=0.5 is not below 1/N"),
     (lambda r: r["training"].update(per_device_train_batch_size=17), "larger than the data (16 examples)"),

@@ -16,6 +16,7 @@ from peft_dpzero.checks.probe import Probe
 from peft_dpzero.estimation.batching import LogicalBatches
 from peft_dpzero.estimation.differences import estimate_differences, losses_at
 from peft_dpzero.estimation.losses import Losses
+from peft_dpzero.estimation.preferences import DPOTask
 from peft_dpzero.estimation.sampling import SECRET_BYTES, PoissonSampler, new_secret
 from peft_dpzero.estimation.shapes import Shapes
 from peft_dpzero.estimation.shortcuts import kept_trunk
@@ -114,6 +115,30 @@ def test_rows_that_are_new_go_in_passes_of_the_steps_own_sizes() -> None:
     lower_layer(model).register_forward_hook(lambda module, args, output: seen.append(len(output)))
     losses.prepare([mixed, full])
     assert sorted(seen) == [1, 4]
+
+
+def test_sequences_of_a_row_meet_no_others() -> None:
+    """Two of three pairs share a sequence: what each pass was given is one pair, whatever was kept before."""
+    model = upper("causal_lm")
+    found = Probe(model, CPU, task=DPOTask(0.5)).losses(Perturbation(model), dict).shortcuts.kept
+    assert found is not None
+    assert found.sequences == 2
+    common, *others = token_rows(5, 6)
+    pairs = [(common, others[0]), (common, others[1]), (others[2], others[3])]
+    passes = [batch_of("causal_lm", list(pair)) for pair in pairs]
+    for one in passes:
+        del one["labels"]
+    seen: list[Tensor] = []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    for some in (passes[:1], passes):
+        found.fill(some, lambda inputs: model(**inputs))
+    assert [ids.tolist() for ids in seen] == [one["input_ids"].tolist() for one in passes]
+    plain = [model(**one).logits for one in passes]
+    for one, logits in zip(passes, plain, strict=True):
+        below = counted(lower_layer(model))
+        with found.given(one):
+            assert torch.equal(model(**one).logits, logits)
+        assert not below
 
 
 def test_new_rows_of_several_steps_share_passes() -> None:
@@ -215,6 +240,22 @@ print([None if (row := file.get(bytes([n]))) is None else float(row.mean()) for 
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.strip() == "[0.0, None, None, None] True", done.stderr
+
+
+def test_whatever_interrupts_no_row_is_written_over_another() -> None:
+    class Interrupted(dict[bytes, Any]):
+        def __setitem__(self, key: bytes, value: Any) -> None:
+            super().__setitem__(key, value)
+            raise KeyboardInterrupt
+
+    file = kept_trunk._RowFile()
+    file._places = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        file.put(b"first", torch.zeros(10))
+    file._places = dict(file._places)
+    file.put(b"second", torch.ones(10))
+    first = file.get(b"first")
+    assert first is None or torch.equal(first, torch.zeros(10))
 
 
 def test_the_file_has_no_name_and_no_other_user_may_open_it(tmp_path: Path) -> None:

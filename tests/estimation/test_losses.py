@@ -19,6 +19,7 @@ from peft_dpzero import (
     Verbalizer,
     infer_task,
 )
+from peft_dpzero.estimation import differences, tasks
 from peft_dpzero.estimation.batching import LogicalBatch
 from peft_dpzero.estimation.differences import estimate_differences
 from peft_dpzero.estimation.losses import Losses
@@ -48,6 +49,50 @@ def outputs(*shape: int, dtype: torch.dtype = torch.float32) -> Any:
 
 def log_p(logits: Tensor) -> Tensor:
     return logits.double().log_softmax(-1)
+
+
+class LeftOver(FullLogits):
+    """Logits as of kernels that take four rows at a time and treat what is left over in another way."""
+
+    def at(self, rows: Tensor, positions: Tensor, words: Tensor | None = None) -> Tensor:
+        made = super().at(rows, positions, words).clone()
+        made[len(made) // 4 * 4 :] += torch.linspace(0, 1, made.shape[1])
+        return made
+
+
+@pytest.mark.parametrize("pieces", [7, 27, 83])
+def test_no_label_is_left_over_by_how_many_other_rows_have(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    vocabulary = 9
+    monkeypatch.setattr(tasks, "CHUNK_ENTRIES", pieces * vocabulary)
+    torch.manual_seed(0)
+    logits = LeftOver(torch.randn(3, 40, vocabulary))
+    labels = torch.randint(0, vocabulary, (3, 40))
+    found = []
+    for own in (1, 2, 3, 20, 39):
+        of_others = labels.clone()
+        of_others[0, own:] = of_others[2, own:] = -100
+        found.append(float(TokenTask().losses_from(logits, {"labels": of_others})[1]))
+    assert len(set(found)) == 1
+
+
+def test_a_loss_of_each_token_does_not_tell_how_many_there_are() -> None:
+    with pytest.raises(DPZeroError, match="one for each token") as caught:
+        FunctionTask(lambda outputs, labels: torch.zeros(37)).losses(outputs(1, 2), {"labels": torch.zeros(1)})
+    assert "37" not in str(caught.value)
+
+
+def test_a_rows_mean_loss_does_not_depend_on_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    values = torch.randn(8, 1, dtype=torch.float64)
+
+    def level(columns: int) -> Tensor:
+        monkeypatch.setattr(differences, "losses_at", lambda *args: [values.expand(8, columns).contiguous()])
+        batch = LogicalBatch([{}], [columns], torch.arange(columns), columns)
+        losses: Any = SimpleNamespace(prepare=lambda batches: None)
+        settings: Any = {"num_directions": 4, "smoothing_parameter": 1e-3, "difference": "central"}
+        return estimate_differences(losses, batch, None, step=0, **settings)._losses  # type: ignore[arg-type]
+
+    assert len({float(one) for columns in (1, 17, 33) for one in level(columns)}) == 1
 
 
 def test_single_label_multi_label_and_regression() -> None:
@@ -186,7 +231,7 @@ def test_a_loss_that_is_not_one_number_an_example_is_refused(dimensions: int) ->
     model = tiny_model("classifier")
     ids = torch.tensor(token_rows(3))
     shaped = FunctionTask(lambda o, y: o.logits.mean() if dimensions == 0 else o.logits)
-    with pytest.raises(DPZeroError, match="not averaged over the batch"):
+    with pytest.raises(DPZeroError, match="averaged over the batch"):
         Losses(model, shaped, lambda batch: batch)({"input_ids": ids, "labels": torch.zeros(3)})
 
 

@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft_dpzero import ClassificationTask, DPZeroConfig, DPZeroError, DPZeroTrainer, TokenTask, replay_journal, verify
+from peft_dpzero import (
+    ClassificationTask,
+    DPZeroConfig,
+    DPZeroError,
+    DPZeroTrainer,
+    TokenTask,
+    Verbalizer,
+    replay_journal,
+    verify,
+)
 from peft_dpzero.estimation import tasks
 from peft_dpzero.estimation.shortcuts.label_logits import OutputHead
 from peft_dpzero.public.basis import find_basis
@@ -22,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import default_data_collator
 
-from tiny import VOCABULARY, adapted, arguments, tiny_dataset, tiny_lora, tiny_model, token_rows
+from tiny import VOCABULARY, adapted, arguments, tiny_dataset, tiny_lora, tiny_model, token_rows, word_tokenizer
 
 
 class Linear(nn.Module):
@@ -230,6 +239,17 @@ def test_rows_get_labels_that_nobody_gave() -> None:
     assert [row["labels"] for row in made] != rows["labels"][:]
     tokens = tiny_dataset("causal_lm", count=3).remove_columns("labels")
     assert all(row["labels"] == row["input_ids"] for row in public_rows(tokens, TokenTask(1), model, None))
+
+
+def test_texts_without_the_prompt_are_told_of() -> None:
+    tokenizer = word_tokenizer()
+    model, words = tiny_lora("masked_lm"), Verbalizer(tokenizer, ["w7", "w8"], causal=False)
+    prompted = [{"input_ids": [9, 10, tokenizer.mask_token_id], "attention_mask": [1] * 3, "labels": 1}]
+    bare = [{"input_ids": [9, 10, 11], "attention_mask": [1] * 3, "labels": 0}]
+    with pytest.raises(DPZeroError, match="mask token too"):
+        find_basis(model, words, bare, default_data_collator, dict, size=1)
+    basis = find_basis(model, words, [*bare, *prompted], default_data_collator, dict, size=1)
+    assert torch.equal(basis.vectors, find_basis(model, words, prompted, default_data_collator, dict, size=1).vectors)
 
 
 def test_what_is_missing_is_told(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from peft_dpzero.public.scales import Seconds, find_slopes, measure_slopes, rows
 from peft_dpzero.public.settings import choose_sizes, learning_rate, rough_noise
 from peft_dpzero.release.journal import read_journal
 from peft_dpzero.training import settling
+from peft_dpzero.training import trainer as training
 from peft_dpzero.training.measured_rows import MOST_ROWS, rows_to_measure
 
 from tiny import adapted, arguments, tiny_dataset, tiny_model
@@ -42,6 +44,41 @@ def test_rough_noise_is_near_the_accountants(epsilon: float, rate: float, steps:
     config = DPZeroConfig(target_epsilon=epsilon, target_delta=1e-5)
     proven = Accountant.of(config, COARSE_INTERVAL).noise_multiplier(epsilon, rate, steps)
     assert rough_noise(config, rate, steps) == pytest.approx(proven, rel=0.25)
+
+
+def test_laplace_noise_is_told_exactly() -> None:
+    config = DPZeroConfig(target_epsilon=2.0, target_delta=0, mechanism="laplace")
+    proven = Accountant.of(config).noise_multiplier(2.0, 0.01, 30)
+    assert rough_noise(config, 0.01, 30) == proven
+
+
+def test_the_time_that_private_rows_take_to_read_decides_on_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = [0.0]
+
+    class Slow(torch.utils.data.Dataset[Any]):
+        column_names = ("input_ids", "attention_mask", "labels", "user")
+        rows = tiny_dataset("classifier", 64)
+
+        def __len__(self) -> int:
+            return len(self.rows)
+
+        def __getitem__(self, index: int) -> Any:
+            seconds[0] += 1.0
+            return {**self.rows[index], "user": index % 32}
+
+    class Stop(Exception):
+        pass
+
+    def stop(self: DPZeroTrainer, deadline: float) -> None:
+        assert seconds[0] >= 64
+        raise Stop(deadline - seconds[0])
+
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    monkeypatch.setattr(DPZeroTrainer, "_prepare_run", stop)
+    with pytest.raises(Stop, match="120"):
+        trainer(tmp_path, Slow(), {"minutes": 2.0, "privacy_unit": "user"}).train()
 
 
 def test_sizes_fit_the_time_and_follow_what_is_given() -> None:
@@ -300,5 +337,8 @@ def test_the_command_writes_a_run_that_trains(tmp_path: Path, capsys: pytest.Cap
     assert "signal / noise" in printed
     assert command([*options, "--output", str(tmp_path / "tuned.yaml")]) == 2
     assert "learning_rate" in (tmp_path / "tuned.yaml").read_text()
+    assert command([*options, "--output", str(tmp_path.parent / "tuned.yaml")]) == 2
+    assert "beside" in capsys.readouterr().err
     assert command(["train", str(tmp_path / "tuned.yaml")]) == 0
     assert (tmp_path / "out" / "privacy_record.json").exists()
+    assert (tmp_path / "out" / "dpzero_basis.safetensors").exists(), "the public file was left out"

@@ -126,9 +126,9 @@ def forged(folder: Path, rate: float | None = None) -> float:
     config = explicit(noise_multiplier=1.0, target_delta=1e-5, num_directions=width).settled()
     plan = make_plan(config, UNITS, BATCH, 1)
     perturbation = Perturbation(model)
-    save_start(model, perturbation, release)
+    save_start(perturbation, release)
     optimizer = DPZeroSGD(perturbation.parameters.values())
-    header = plan_header(plan, perturbation, optimizer, model)
+    header = plan_header(plan, perturbation, optimizer)
     target = trained_without_privacy(model)
 
     names = list(perturbation.parameters)

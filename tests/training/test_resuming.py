@@ -90,6 +90,17 @@ def by_dp_accounting_alone(record: dict[str, Any]) -> float:
     return float(accountant.get_epsilon(record["delta"]))
 
 
+def test_a_checkpoint_of_another_run_is_refused_whatever_its_name(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    for name in "ab":
+        run(tmp_path / name, 2, **saving).train()
+    checkpoint = tmp_path / "a" / "checkpoint-2"
+    with pytest.raises(DPZeroError, match="is of another run"):
+        run(tmp_path / "b", 4).train(resume_from_checkpoint=str(checkpoint))
+    renamed = shutil.copytree(checkpoint, tmp_path / "best-2024")
+    assert run(tmp_path / "a", 4).train(resume_from_checkpoint=str(renamed)).global_step == 4
+
+
 @pytest.mark.parametrize("saving", [{"save_strategy": "no"}, {"save_strategy": "steps", "save_steps": 2}])
 def test_a_finished_run_is_trained_further(saving: dict[str, Any], tmp_path: Path) -> None:
     tiny_model("classifier").save_pretrained(tmp_path / "base")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import traceback
 import warnings
 from pathlib import Path
@@ -23,6 +24,8 @@ from peft_dpzero import (
     PrivateStepError,
     Verbalizer,
 )
+from peft_dpzero.estimation.batching import LogicalBatch
+from peft_dpzero.mechanism.private_sum import PrivateDifferences
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import (
     ProgressCallback,
@@ -490,6 +493,30 @@ def test_errors_raised_over_private_data_show_none_of_it(place: str, tmp_path: P
     assert CANARY not in shown(caught.value)
     assert "made-up data" in str(caught.value)
     assert "the run stopped is public" in str(caught.value)
+
+
+def test_what_others_print_over_private_data_is_not_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def talking(rows: Any) -> Any:
+        warnings.warn(CANARY, stacklevel=1)
+        logging.getLogger("transformers").error(CANARY)
+        return default_data_collator(rows)
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        trainer(tmp_path, data_collator=talking).train()
+    logging.getLogger("transformers").error("heard again")
+    assert CANARY not in caplog.text + "".join(str(one.message) for one in warned)
+    assert "heard again" in caplog.text
+
+
+def test_a_withheld_error_holds_no_row_in_its_frames(tmp_path: Path) -> None:
+    run = trainer(tmp_path, per_device_train_batch_size=64)
+    run.task = FunctionTask(lambda outputs, labels: 1 / 0)
+    with pytest.raises(PrivateStepError) as caught:
+        run.train()
+    held = [value for frame, _ in traceback.walk_tb(caught.value.__traceback__) for value in frame.f_locals.values()]
+    assert not [value for value in held if isinstance(value, (LogicalBatch, PrivateDifferences))]
+    assert "input_ids" not in repr(LogicalBatch([{"input_ids": torch.ones(1, 2)}], [1]))
 
 
 def test_optimizer_groups_keep_their_learning_rates(tmp_path: Path) -> None:

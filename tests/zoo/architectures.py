@@ -253,6 +253,7 @@ ARCHITECTURES = (
     ),
     Architecture("Qwen2", "causal_lm", "Qwen2Config", _PHI, _ATTENTION),
     Architecture("Qwen3", "causal_lm", "Qwen3Config", _LLAMA, _ATTENTION),
+    Architecture("Gemma", "causal_lm", "GemmaConfig", _LLAMA, _ATTENTION),
     Architecture("Gemma 2", "causal_lm", "Gemma2Config", {**_GEMMA, **_BOTH_KINDS}, _ATTENTION, "window and soft caps"),
     Architecture(
         "Gemma 3", "causal_lm", "Gemma3TextConfig", {**_GEMMA, **_BOTH_KINDS}, _ATTENTION, "two kinds of RoPE"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft_dpzero import infer_task
+from peft_dpzero.checks.architectures import KNOWN_TYPES
 from peft_dpzero.estimation.shortcuts.kept_trunk import KeptTrunk
 
 from zoo import neighbors
@@ -61,6 +62,10 @@ def examined(
 def test_rows_are_strangers(name: str, dtype: torch.dtype, shortcuts: str) -> None:
     found = examined(name, dtype, None, shortcuts, FEW)
     assert found.independent, str(found)
+
+
+def test_all_architectures_whose_rows_share_passes_are_tried() -> None:
+    assert set(KNOWN_TYPES) <= {architecture.make_config().model_type for architecture in ARCHITECTURES}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=named)

@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroTrainer
+from peft_dpzero import DPZeroConfig, DPZeroTrainer
 from peft_dpzero.config import DEFAULT_BASIS_SIZE
+from peft_dpzero.errors import TooLittleTime
 from peft_dpzero.perturbation.basis import Basis
 from peft_dpzero.public.scales import Seconds
 from peft_dpzero.public.settings import choose_sizes, learning_rate
@@ -233,8 +234,8 @@ def _fitting() -> Iterator[None]:
     """Turns the package's word that a time does not suffice into ours."""
     try:
         yield
-    except DPZeroError as error:
-        raise DoesNotFit(str(error)) if "left of `minutes`" in str(error) else error from None
+    except TooLittleTime as error:
+        raise DoesNotFit(str(error)) from None
 
 
 def _finished(trainer: DPZeroTrainer, clock: Clock) -> Outcome:

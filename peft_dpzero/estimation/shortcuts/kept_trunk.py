@@ -12,6 +12,7 @@ which is gone when this one ends, however it ends.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -42,12 +43,14 @@ class KeptTrunk:
     Args:
         last: its output (b, …) is what is kept.
         below: modules whose outputs, of the same shape, only `last` or others of them need.
+        sequences: how many of a pass's sequences are one row: the model may let these meet, and they stay together.
         loud: what stands for the outputs of `below` is large: in a test nothing that is read may change by it.
     """
 
-    def __init__(self, last: nn.Module, below: Sequence[nn.Module], *, loud: bool = False) -> None:
+    def __init__(self, last: nn.Module, below: Sequence[nn.Module], sequences: int = 1, *, loud: bool = False) -> None:
         self.last = last
         self.below = tuple(below)
+        self.sequences = sequences
         self.loud = loud
         self._rows = _RowFile()
 
@@ -57,12 +60,12 @@ class KeptTrunk:
 
         Of rows without `input_ids`, which may take another way through the model than those of the trial, nothing is.
         """
-        found = [self._rows.get(key) for key in map(_digest, _rows(inputs))]
+        found = [self._rows.get(key) for key in map(_digest, self._rows_of(inputs))]
         kept = [row for row in found if row is not None]
         if not kept or len(kept) < len(found):
             yield
             return
-        hidden = torch.stack(kept)
+        hidden = torch.cat(kept)
         instead = 100 * hidden.cos() if self.loud else hidden
         below = {module: _constant(instead) for module in self.below}
         with replaced_forwards(below | {self.last: _constant(hidden)}):
@@ -79,7 +82,7 @@ class KeptTrunk:
         sizes: dict[Hashable, set[int]] = {}
         missing: dict[Hashable, dict[bytes, dict[str, Any]]] = {}
         for inputs in (one for one in passes if "input_ids" in one):
-            rows = _rows(inputs)
+            rows = self._rows_of(inputs)
             shape = _shape(rows[0])
             sizes.setdefault(shape, set()).add(len(rows))
             new = {key: row for row in rows if not self._rows.has(key := _digest(row))}
@@ -94,7 +97,11 @@ class KeptTrunk:
                     self._rows.put(key, made)
 
     def _computed(self, inputs: Inputs, run: Callable[[Inputs], object]) -> Sequence[Tensor]:
-        """What `last` puts out for each row, nothing if it is not called; what is above it does not run."""
+        """What `last` puts out for each row; what is above it does not run.
+
+        Nothing if it is not called, or leaves gaps in memory: what is read from the file has none, and what comes next
+        may round otherwise.
+        """
         found: list[Tensor] = []
 
         def end(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -103,7 +110,18 @@ class KeptTrunk:
 
         with hooked([self.last.register_forward_hook(end)]), suppress(_Reached):
             run(inputs)
-        return tuple(found[0]) if found else ()
+        return torch.split(found[0], self.sequences) if found and found[0].is_contiguous() else ()
+
+    def _rows_of(self, inputs: Inputs) -> list[dict[str, Any]]:
+        """`inputs` of each row by itself. What is not laid out by rows belongs to each."""
+        count = _count(inputs)
+
+        def part(value: Any, start: int) -> Any:
+            by_rows = isinstance(value, Tensor) and value.ndim and value.shape[0] == count
+            return value[start : start + self.sequences] if by_rows else value
+
+        starts = range(0, count, self.sequences)
+        return [{key: part(value, start) for key, value in inputs.items()} for start in starts]
 
 
 class _Reached(Exception):
@@ -116,7 +134,8 @@ class _RowFile:
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (open as long as this object)
         free = shutil.disk_usage(tempfile.gettempdir()).free
-        self._room = min(MOST_BYTES, int(SHARE_OF_FREE_SPACE * free))
+        # The launcher says how many processes of this machine have a file each.
+        self._room = min(MOST_BYTES, int(SHARE_OF_FREE_SPACE * free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         self._places: dict[bytes, tuple[int, torch.Size, torch.dtype]] = {}
         self._end = 0
 
@@ -138,8 +157,9 @@ class _RowFile:
         if written < len(data):
             self._room = 0
             return
-        self._places[key] = self._end, row.shape, row.dtype
-        self._end += written
+        # In this order: whatever interrupts, no later row is written over this one.
+        start, self._end = self._end, self._end + written
+        self._places[key] = start, row.shape, row.dtype
 
     def get(self, key: bytes) -> Tensor | None:
         if key not in self._places:
@@ -152,7 +172,7 @@ class _RowFile:
 
 
 def find_kept(
-    trunk: SharedTrunk, run: Callable[[], object], keeps_losses: Callable[[KeptTrunk], bool]
+    trunk: SharedTrunk, run: Callable[[], object], keeps_losses: Callable[[KeptTrunk], bool], sequences: int = 1
 ) -> KeptTrunk | None:
     """The highest place of which it is enough to keep the activations, or None if most of the trunk would run on.
 
@@ -160,11 +180,12 @@ def find_kept(
         trunk: of the model.
         run: one forward pass on public, made-up input.
         keeps_losses: whether losses on made-up tokens stay the same, bit for bit, with this.
+        sequences: see `KeptTrunk`.
     """
     shapes: dict[nn.Module, torch.Size | None] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        once = module not in shapes and isinstance(output, Tensor) and output.ndim == 3
+        once = module not in shapes and isinstance(output, Tensor) and output.ndim == 3 and output.is_contiguous()
         shapes[module] = output.shape if once else None
 
     with hooked([module.register_forward_hook(note) for module in trunk.unmoved]):
@@ -176,8 +197,8 @@ def find_kept(
         below = outermost(trunk.model, alike.__contains__)
         # Those of another shape, as keys with fewer heads, leave most of the trunk to run.
         worthwhile = products([last, *below]) >= WORTHWHILE * products(trunk.modules)
-        if worthwhile and all(keeps_losses(KeptTrunk(last, below, loud=loud)) for loud in (False, True)):
-            return KeptTrunk(last, below)
+        if worthwhile and all(keeps_losses(KeptTrunk(last, below, sequences, loud=loud)) for loud in (False, True)):
+            return KeptTrunk(last, below, sequences)
     return None
 
 
@@ -187,17 +208,6 @@ def _constant(output: Tensor) -> Forward:
 
 def _count(inputs: Inputs) -> int:
     return next(value.shape[0] for value in inputs.values() if isinstance(value, Tensor) and value.ndim)
-
-
-def _rows(inputs: Inputs) -> list[dict[str, Any]]:
-    """`inputs` of each row by itself. What is not laid out by rows belongs to each."""
-    count = _count(inputs)
-
-    def part(value: Any, row: int) -> Any:
-        by_rows = isinstance(value, Tensor) and value.ndim and value.shape[0] == count
-        return value[row : row + 1] if by_rows else value
-
-    return [{key: part(value, row) for key, value in inputs.items()} for row in range(count)]
 
 
 def _shape(row: Inputs) -> Hashable:

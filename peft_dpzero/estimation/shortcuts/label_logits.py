@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_dpzero.modules import replaced_forwards
+from peft_dpzero.modules import replaced_forwards, text_config, unwrapped
 
 # Logits that are made and widened at a time, 16 MiB of float32: each piece reads the whole output embedding.
 CHUNK_ENTRIES = 1 << 22
@@ -80,12 +80,11 @@ class OutputHead:
     @classmethod
     def of(cls, model: Any) -> OutputHead | None:
         """The head of a language model, or None if it has none that is known."""
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = unwrapped(model)
         module = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
         if module is None:
             return None
-        config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
-        return cls(module, int(config.vocab_size))
+        return cls(module, int(text_config(base.config).vocab_size))
 
     @contextmanager
     def held_back(self) -> Iterator[list[Tensor]]:
