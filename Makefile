@@ -22,10 +22,10 @@ docs: $(VENV)/.ready
 	$(RUN)/mkdocs build --strict
 
 unit: $(VENV)/.ready $(REVIEWS)
-	$(RUN)/pytest -n 2 --dist loadfile
+	$(RUN)/pytest -n 2 --dist worksteal
 
 slow: $(VENV)/.ready
-	$(RUN)/pytest -n 2 --dist loadfile -m "slow and not cluster"
+	$(RUN)/pytest -n 2 --dist worksteal -m "slow and not cluster"
 
 # Launches four processes at a time. Two hosts take root and `ip netns`; without, those tests are skipped.
 cluster: $(VENV)/.ready

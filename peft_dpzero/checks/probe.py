@@ -211,7 +211,8 @@ class Probe:
         """The numbers of rows among which a row of this padded length keeps its bits: those that give what the largest
         gives in which it keeps them."""
         own = max(1, length - 1 - len(self.data.slots))
-        row, *strangers = self.data.rows_of([own, *(1 + own * i // counts[-1] for i in range(counts[-1]))])
+        lengths = [1 + own * i // counts[-1] for i in range(counts[-1])]
+        row, *strangers = self.data.rows_of([own, *lengths, *reversed(lengths)])
         alike: list[int] = []
         reference: RowBits | None = None
         for count in reversed(counts):
@@ -219,7 +220,7 @@ class Probe:
             # In the first short ones come before the row, in the second long ones.
             companies = [
                 [row if i in mine else others[i] for i in range(count)]
-                for mine, others in zip(places, (strangers, strangers[::-1]), strict=False)
+                for mine, others in zip(places, (strangers[: counts[-1]], strangers[counts[-1] :]), strict=False)
             ]
             batches = [self.data.batch(ProbeBatch(rows, 0, length)) for rows in companies]
             same = True

@@ -31,6 +31,9 @@ def row_bits(
     """What a row gives in each batch."""
     together = points_together(losses, batches[0], perturbation, len(points))
     tried = points[: max(2, together)]
+    # Its products are of labels, which may be as many as there are rows.
+    head = losses.shortcuts.label_logits
+    heads = {name for name, module in losses.model.named_modules() if head is not None and module is head.module}
     for batch, where in zip(batches, places, strict=True):
         rows, count = slice(where.start, where.stop, where.step), len(batch["input_ids"])
         with losses.over_one_micro_batch(batch) as restart:
@@ -40,7 +43,7 @@ def row_bits(
             restart()
             if together > 1 or losses.shortcuts.trunk is not None:
                 (values,) = losses_at(losses, [batch], perturbation, 0, tried)
-        yield values[:, rows], {call: made for call, made in seen.items() if made is not None}
+        yield values[:, rows], {call: made for call, made in seen.items() if made is not None and call[0] not in heads}
 
 
 def _own(output: Tensor, rows: slice, count: int) -> tuple[Tensor, Tensor] | None:
