@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 # What an error of private data tells, since a single example may have caused it.
 STOP_IS_PUBLIC = "That the run stopped is public, and the guarantee does not cover it."
@@ -38,17 +40,39 @@ class PrivateStepError(RuntimeError):
         )
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Within the block nothing is logged or warned of: libraries put rows' lengths and values into such lines."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+class _Quiet:
+    """Nothing is logged and no warning shown in this process while some thread is in such a block.
+
+    Filters of warnings stay as they are: a change would make all that was shown once be shown again.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: tuple[int, Any] = 0, None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = logging.root.manager.disable, warnings.showwarning
+                logging.disable(logging.CRITICAL)
+                warnings.showwarning = _nothing
+            self._inside += 1
+
+    def __exit__(self, *raised: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                disabled, warnings.showwarning = self._before
+                logging.disable(disabled)
+
+
+def _nothing(*warning: object, **more: object) -> None:
+    """Shows no warning."""
+
+
+# Around what holds private rows: libraries put their lengths and values into logs and warnings.
+quiet = _Quiet()
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -26,12 +26,16 @@ T = TypeVar("T")
 
 def module_from(path: Path) -> ModuleType:
     """Runs a Python file as a module that its own classes can find, as dataclasses do."""
-    specification = importlib.util.spec_from_file_location(path.stem, path)
+    specification = importlib.util.spec_from_file_location(f"_dpzero_{path.stem}", path)
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
+    try:
+        specification.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[specification.name]
+        raise
     return module
 
 
@@ -59,6 +63,29 @@ def adapter_parameters(model: Any) -> dict[str, nn.Parameter]:
     saved = get_peft_model_state_dict(model, state, model.active_adapter, save_embedding_layers=False)
     identities = {id(tensor) for tensor in saved.values()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in identities}
+
+
+@contextmanager
+def same_parameters(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """After the block the parameters of these names are the objects that they were, with the values that they have got.
+
+    PEFT puts others in their place, in float32, where it loads an adapter that is in half precision.
+    """
+    before = {name: parameter for name, parameter in model.named_parameters() if name in names}
+    yield
+    for name, now in list(model.named_parameters()):
+        if name in before and before[name] is not now:
+            with torch.no_grad():
+                before[name].copy_(now)
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, before[name])
+
+
+def saves_what_is_trained(model: Any) -> bool:
+    """Whether an adapter's file holds the trained parameters themselves. Of a prompt encoder (p-tuning, a projected
+    prefix) it holds what that puts out."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return not hasattr(model, "peft_config") or trained <= adapter_parameters(model).keys()
 
 
 def lora_factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:

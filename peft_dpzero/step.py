@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from accelerate import Accelerator
 from torch import nn
@@ -97,6 +98,9 @@ class PrivateStep:
         self.losses = losses
         self.perturbation = perturbation
         self.optimizer = optimizer
+        self._update = optimizer.settings(perturbation)
+        if not any(group["params"] for group in self._update):
+            raise DPZeroError("The optimizer holds none of the parameters that are trained: make it over them.")
         self.journal = journal
         self.processes = AcceleratedProcesses(accelerator) if accelerator is not None else None
         self._idle = idle
@@ -117,6 +121,7 @@ class PrivateStep:
 
         Raises:
             PrivateStepError: something failed while private data was in hand.
+            DPZeroError: the optimizer's settings are not what they were.
             RuntimeError: `step` lies beyond the plan's T, or it or a later one was released by this object.
         """
         if step >= self.plan.steps:
@@ -126,17 +131,18 @@ class PrivateStep:
             return StepReport(Estimate(replayed.released, self.perturbation, replayed.learning_rates))
         if step < self.made:
             raise RuntimeError(f"Step {step} or a later one was released before: each releases once, in order.")
-        report = self._release(step)
-        if self.journal is not None:
-            rates = self.optimizer.learning_rates
-            self.journal.record(step, rates, self.config.direction_seed, report.estimate.released.values)
-        return report
+        if self.optimizer.settings(self.perturbation) != self._update:
+            raise DPZeroError(
+                "Something changed the optimizer's settings during the run (OneCycleLR and CyclicLR do, unless "
+                "cycle_momentum=False): the journal holds learning rates alone, and weights could not be made again."
+            )
+        return self._release(step)
 
     def _release(self, step: int) -> StepReport:
         self.model.eval()
         failure: PrivateStepError | None = None
         try:
-            with quiet():
+            with quiet:
                 differences = self._differences(step)
         except DPZeroError:
             raise
@@ -147,8 +153,10 @@ class PrivateStep:
             raise failure
         # Counted first: however the release ends, it is not made again.
         self.made = step + 1
-        released = self.mechanism.release(step, differences)
-        return StepReport(Estimate(released, self.perturbation), self.mechanism.raw_loss(differences))
+        rates, journal = self.optimizer.learning_rates, self.journal
+        record = None if journal is None else partial(journal.record, step, rates, self.config.direction_seed)
+        released = self.mechanism.release(step, differences, record)
+        return StepReport(Estimate(released, self.perturbation, rates), self.mechanism.raw_loss(differences))
 
     def _differences(self, step: int) -> PrivateDifferences:
         batch = self._drawn(step)

@@ -14,10 +14,11 @@ from workloads import REVIEWS, ROOT
 
 from . import sweep
 from .cells import QUICK, Cell
-from .grid import BUDGETS, EPSILONS, Grid, bring_tuning, quick_cells
+from .grid import BUDGETS, EPSILONS, Grid, quick_cells
 from .methods import METHODS
 from .models import MODELS
-from .report import PAGE, write_report
+from .report import write_report
+from .results import PAGE
 from .runner import run_all
 from .tasks import TASKS
 
@@ -68,11 +69,10 @@ def main() -> None:
     threads = chosen.threads or max(1, (os.cpu_count() or 1) // chosen.jobs)
     failed: list[Cell] = []
     size = QUICK if chosen.quick else grid.size
-    page = PAGE if folder == FOLDER else folder / "study.md"
-    bring_tuning(page, folder)
     if not chosen.report:
         for cells in stages(chosen, grid, folder):
             failed += run_all(cells, size, folder, chosen.jobs, threads)
+    page = PAGE if folder == FOLDER else folder / "study.md"
     if not chosen.tune:
         write_report(folder, page)
         console.print(f"Report: {page}")

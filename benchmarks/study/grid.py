@@ -13,7 +13,7 @@ from . import sweep
 from .cells import FULL, QUICK, Budget, Cell, Size
 from .methods import METHODS, SWEPT
 from .models import suits
-from .results import Result, path_of, reported, save
+from .results import PAGE, Result, path_of, reported
 from .tasks import TASKS
 
 EPSILONS = (0.5, 1.0, 2.0, 8.0)
@@ -77,18 +77,6 @@ def quick_cells() -> list[Cell]:
     return once.cells() + timed.cells()
 
 
-def bring_tuning(page: Path, folder: Path) -> None:
-    """Puts the tuning's results of the report at `page` among `folder`'s, where it has none.
-
-    Settings that were best elsewhere are still another set's best; no time of these runs is reported.
-    """
-    for result in reported(page):
-        cell = Cell.of(result["cell"])
-        path = path_of(cell, folder)
-        if cell.settings is not None and cell.method != SWEPT.name and not path.exists():
-            save(result, path)
-
-
 def settings_for(cell: Cell, folder: Path) -> tuple[dict[str, Any], str]:
     """The settings of a cell's method, and why those."""
     if cell.method == SWEPT.name:
@@ -105,14 +93,15 @@ def settings_for(cell: Cell, folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def best_on(task: str, cell: Cell, numbers: Iterable[int], folder: Path) -> int | None:
-    """Which settings were most accurate on another task; None unless all were tried."""
+    """Which settings were most accurate on another task; None unless all were tried, here or for the report."""
     accuracies: dict[int, float] = {}
+    before = {Cell.of(result["cell"]): result for result in reported(PAGE)}
     for number in numbers:
         epsilon = None if cell.epsilon is None else TUNING_EPSILON
         tried = Cell(task, cell.model, cell.method, Budget.of(TUNING_BUDGET), epsilon, TUNING_SEED, number)
         path = path_of(tried, folder)
-        if not path.exists():
+        result: Result | None = json.loads(path.read_text()) if path.exists() else before.get(tried)
+        if result is None:
             return None
-        result: Result = json.loads(path.read_text())
         accuracies[number] = result["accuracy"] or 0.0  # None where it did not fit
     return max(accuracies, key=lambda number: accuracies[number])

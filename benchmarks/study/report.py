@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tables
-from workloads import ROOT
 
 from . import plots, sweep
 from .cells import Budget
@@ -16,7 +15,6 @@ from .methods import METHODS
 from .results import Result, gather, read_all, reported
 from .summary import NOTHING, Groups, grouped, spread
 
-PAGE = ROOT / "docs" / "study.md"
 MARK = "study"
 RECOMPUTED = {
     "epsilon_if_secret": "ε, if its noise were secret",

@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from workloads import ROOT
+
 from .cells import Cell
 
 Result = dict[str, Any]
+PAGE = ROOT / "docs" / "study.md"
 
 
 def atomically(path: Path, write: Callable[[Path], object]) -> None:

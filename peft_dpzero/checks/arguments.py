@@ -39,6 +39,12 @@ _REFUSED_ARGUMENTS: Sequence[tuple[str, Callable[[Any], bool], str]] = (
         "examples must be sampled independently: leave it at 'random'.",
     ),
     ("group_by_length", bool, "examples must be sampled independently: turn it off."),
+    ("debug", bool, "it prints what private rows put out: debug on made-up rows, without DPZero."),
+    ("use_liger_kernel", bool, "it replaces modules after they were tried: leave it out."),
+    *(
+        (name, bool, "it would round what was trained, which the journal does not know: use bf16=True.")
+        for name in ("bf16_full_eval", "fp16_full_eval")
+    ),
     ("packing", bool, "packed rows mix examples, so that no single one can be clipped: turn it off."),
     ("padding_free", bool, "flattened rows mix examples, so that no single one can be clipped: turn it off."),
     (
@@ -91,7 +97,10 @@ def stop_checkpointing(model: Any) -> None:
 
 
 def check_adapter(model: nn.Module) -> None:
-    """Refuses adapters without PEFT's model around the base, whose releases could not be loaded or made again.
+    """Refuses adapters whose releases could not be loaded or made again.
+
+    That is those without PEFT's model around the base, several, and one with another name than PEFT's own, under which
+    PEFT saves it elsewhere.
 
     Raises:
         DPZeroError: how to add one.
@@ -100,6 +109,12 @@ def check_adapter(model: nn.Module) -> None:
         raise DPZeroError(
             "The adapter was put into the model itself (add_adapter, inject_adapter_in_model): add it by "
             "peft.get_peft_model(model, config), or load it by PeftModel.from_pretrained(…, is_trainable=True)."
+        )
+    names = [*getattr(model, "peft_config", ["default"])]
+    if names != ["default"] or getattr(model, "active_adapter", "default") != "default":
+        raise DPZeroError(
+            f"The model has the adapters {', '.join(names)}: it must have one, named 'default', as get_peft_model "
+            "makes it: a release holds that. Merge the others into the base (merge_and_unload) and save that."
         )
 
 

@@ -6,16 +6,24 @@ one.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import random
 from collections.abc import Sequence
+from types import FunctionType, MethodType
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import IterableDataset
 
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.tasks import ClassificationTask, Task
 from peft_dpzero.estimation.verbalizer import Verbalizer
 
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+# The global ones, which are seeded for each example.
+_SEEDED = (torch.default_generator, np.random.mtrand._rand, random._inst)
 _SINGLE = "single_label_classification"
 _STRINGS = ("string", "large_string")
 _LABELS = ("labels", "label", "label_ids")
@@ -41,17 +49,45 @@ def check_dataset(dataset: Any) -> None:
 
 
 def check_collator(collator: Any) -> None:
-    """Refuses collators that join examples.
+    """Refuses collators that join examples, or that draw at random from a generator of their own.
+
+    Such a generator goes on from row to row, so that a row's masks would depend on which others were drawn.
 
     Raises:
-        DPZeroError: the collator flattens or packs.
+        DPZeroError: the collator flattens or packs, or has a seed or a generator.
     """
+    if (name := _own_generator(collator)) is not None:
+        raise DPZeroError(
+            f"The data collator draws at random by its own {name}, which goes on from row to row, so that "
+            "rows would depend on each other: leave it out. The global generators have a secret seed for each example."
+        )
     flattens = any(kind.__name__ == "DataCollatorWithFlattening" for kind in type(collator).__mro__)
     if flattens or getattr(collator, "padding_free", False) is True:
         raise DPZeroError(
             f"{type(collator).__name__} joins examples into one row, so that no single one can be clipped: use a "
             "padding collator."
         )
+
+
+def _own_generator(collator: Any, depth: int = 3) -> str | None:
+    """The name of a seed or generator that a collator, or what it calls, keeps."""
+    held: dict[Any, Any] = dict(getattr(collator, "__dict__", {}))
+    if isinstance(collator, functools.partial):
+        held |= {"func": collator.func, **collator.keywords}
+        held |= dict(enumerate(collator.args))
+    if isinstance(collator, MethodType):
+        held |= {"self": collator.__self__}
+    if isinstance(collator, FunctionType):
+        read = inspect.getclosurevars(collator)
+        held |= {**read.nonlocals, **read.globals}
+    for name, value in held.items():
+        own = isinstance(value, _GENERATORS) and not any(value is known for known in _SEEDED)
+        if own or (name == "seed" and value is not None):
+            return str(name)
+        deeper = depth and callable(value) and not isinstance(value, type)
+        if deeper and (found := _own_generator(value, depth - 1)) is not None:
+            return found
+    return None
 
 
 def check_columns(dataset: Any, label_names: Sequence[str], needs_labels: bool, drops_unused: bool) -> None:

@@ -33,7 +33,8 @@ def row_bits(
     tried = points[: max(2, together)]
     # Its products are of labels, which may be as many as there are rows.
     head = losses.shortcuts.label_logits
-    heads = {name for name, module in losses.model.named_modules() if head is not None and module is head.module}
+    inside = set(head.module.modules()) if head else set()
+    heads = {name for name, module in losses.model.named_modules() if module in inside}
     for batch, where in zip(batches, places, strict=True):
         rows, count = slice(where.start, where.stop, where.step), len(batch["input_ids"])
         with losses.over_one_micro_batch(batch) as restart:

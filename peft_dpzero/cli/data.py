@@ -29,8 +29,9 @@ def load_table(data: DataSettings, part: str) -> Dataset:
     Raises:
         DPZeroError: the data cannot be read, or lacks a column.
     """
-    source, split = str(getattr(data, part)), data.eval_split if part == "eval" else data.train_split
-    table = _read_file(source) if Path(source).is_file() else _read_named(source, data.subset, split, part)
+    source, split = str(getattr(data, part)), "train" if part == "public" else getattr(data, f"{part}_split")
+    subset = None if part == "public" else data.subset
+    table = _read_file(source) if Path(source).is_file() else _read_named(source, subset, split, part)
     wanted = [*data.columns, *([data.label] if data.label and part != "public" else [])]
     if missing := [column for column in wanted if column not in table.column_names]:
         raise DPZeroError(f"data.{part} has no column {missing[0]!r}: its columns are {', '.join(table.column_names)}.")

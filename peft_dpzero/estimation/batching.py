@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -128,7 +128,7 @@ def without_column(collate: Collator, column: str) -> Collator:
     """`collate` on rows without `column`, which says whose they are and is not for the model."""
 
     def collated(rows: list[Any]) -> dict[str, Any]:
-        kept = [{k: v for k, v in row.items() if k != column} if isinstance(row, dict) else row for row in rows]
+        kept = [{k: v for k, v in row.items() if k != column} if isinstance(row, Mapping) else row for row in rows]
         return collate(kept)
 
     return collated

@@ -6,7 +6,7 @@ eval mode too (Reformer's hashing). Every pass starts them alike, so that both s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import is_
 from typing import Any
@@ -26,7 +26,8 @@ _OWN = frozenset(vars(nn.Module()))
 class KeptState:
     """Buffers and attributes of a model's modules, as they were when this was made.
 
-    Tensors, numbers and texts are kept, and what dictionaries, lists and sets hold. Other objects are not looked into.
+    Tensors, numbers and texts are kept, and what dictionaries, lists, tuples and sets hold, however deep. Other objects
+    are not looked into.
 
     Args:
         model: the model, before it saw a row.
@@ -58,7 +59,7 @@ class _KeptModule:
         self._everything = tuple(vars(module).values())
         self._buffers = dict(module._buffers)
         self._attributes = _attributes(module)
-        values = [*self._buffers.values(), *self._attributes.values()]
+        values = _with_contents([*self._buffers.values(), *self._attributes.values()])
         self._contents = [(value, value.copy()) for value in values if isinstance(value, _CONTAINERS)]
         self._tensors = [
             (value, value._version, value.detach().clone())
@@ -96,11 +97,24 @@ class _KeptModule:
         return [self._prefix + name for name in changed]
 
 
+def _with_contents(values: Sequence[Any]) -> list[Any]:
+    """`values` and all that those of them hold that are containers, each once."""
+    found: dict[int, Any] = {}
+    left = list(values)
+    while left:
+        value = left.pop()
+        if id(value) not in found:
+            found[id(value)] = value
+            if isinstance(value, (dict, list, tuple, set)):
+                left += value.values() if isinstance(value, dict) else value
+    return list(found.values())
+
+
 def _attributes(module: nn.Module) -> dict[str, Any]:
     return {
         key: value
         for key, value in vars(module).items()
-        if key not in _OWN and isinstance(value, (*_PLAIN, *_CONTAINERS, Tensor))
+        if key not in _OWN and isinstance(value, (*_PLAIN, *_CONTAINERS, tuple, Tensor))
     }
 
 
@@ -117,7 +131,13 @@ def _put_back(target: dict[str, Any], now: dict[str, Any], before: dict[str, Any
 
 
 def _same(one: Any, other: Any) -> bool:
-    return one is other or (type(one) is type(other) and isinstance(one, _PLAIN) and bool(one == other))
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return isinstance(one, _PLAIN) and bool(one == other)
 
 
 def _holds(value: Any, content: Any) -> bool:

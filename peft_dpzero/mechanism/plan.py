@@ -98,6 +98,8 @@ def make_plan(
         raise DPZeroError("The run has no steps: set max_steps or num_train_epochs above 0.")
     if config.train_loss == "private" and loss_interval < 1:
         raise DPZeroError("train_loss='private' needs the steps between two released losses: set logging_steps.")
+    if config.train_loss == "private" and loss_interval > steps:
+        raise DPZeroError(f"logging_steps={loss_interval} releases no loss in {steps} steps: lower it.")
     noun = "examples" if config.privacy_unit is None else f"different values of {config.privacy_unit!r}"
     if expected_batch_size > num_units:
         raise DPZeroError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -119,8 +119,16 @@ class PrivateSum:
         self._noise = _noise(config.noise_multiplier * SENSITIVITY, config)
         self._last_step = -1
 
-    def release(self, step: int, differences: PrivateDifferences) -> Released:
-        """Clips, sums over units and processes, adds noise once, and opens the door for the results."""
+    def release(
+        self, step: int, differences: PrivateDifferences, record: Callable[[Sequence[float]], object] | None = None
+    ) -> Released:
+        """Clips, sums over units and processes, adds noise once, and opens the door for the results.
+
+        Args:
+            step: its number.
+            differences: of this process's units.
+            record: puts the values on disk, on the first process, before any other has them.
+        """
         rows = differences._rows
         if self.clips:
             rows = self._contributions.rows(step, rows, differences._losses, self.clipping_threshold)
@@ -129,6 +137,8 @@ class PrivateSum:
         total = self.processes.sum(rows.sum(dim=0))
         if self.processes.is_main_process:
             total = total + self._noise.sample(total.numel(), step)
+            if record is not None:
+                record(total.tolist())
         values = self.processes.broadcast(total).tolist()
         return self.interpret(step, values)
 

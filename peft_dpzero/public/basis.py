@@ -86,7 +86,7 @@ def find_basis(
     gradients: dict[str, Tensor] = {}  # of those that are not always 0: [texts, d_i]
     model.eval()
     read: Callable[[MicroBatch], Tensor] | None = None
-    done, finite = 0, False
+    done = 0
     for chosen in tqdm(order, desc="Public gradients", delay=_PATIENCE):
         if until is not None and done >= fewest and time.monotonic() > until:
             logger.info("Time for the basis is over after %d of %d texts.", done, len(order))
@@ -96,17 +96,19 @@ def find_basis(
         with torch.enable_grad():
             loss = read(row).sum()
             made = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        for name, gradient in zip(parameters, made, strict=True) if loss.isfinite() else ():
+        if not loss.isfinite():  # as without the mask token that a verbalizer reads
+            continue
+        for name, gradient in zip(parameters, made, strict=True):
             if gradient is not None and (name in gradients or bool(gradient.any())):
                 if name not in gradients:
                     gradients[name] = torch.zeros(len(order), gradient.numel())
                 gradients[name][done] = gradient.flatten()
-        done, finite = done + 1, finite or bool(loss.isfinite())
+        done += 1
     moved = [name for name in parameters if name in gradients]
     if not moved:
         raise DPZeroError(
             "No trainable parameter moves the loss on public_text: is the adapter active?"
-            if finite
+            if done
             else "No text of public_text has a loss: for label words, add your rows' prompt to each, mask token too."
         )
     return Basis.of(_top_vectors([gradients[name][:done] for name in moved], size), moved)

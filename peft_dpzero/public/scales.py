@@ -171,6 +171,8 @@ def _slopes(
     """(rows, directions) float64 for each move."""
     points = [points_of(_DIRECTIONS, move, difference) for move in moves]
     values = torch.cat(losses_at(losses, rows, perturbation, 0, list(chain(*points))), dim=1)  # [all points, rows]
+    readable = values.isfinite().any(dim=0)
+    values = values[:, readable] if bool(readable.any()) else values
     sides = zip(moves, torch.split(values, [len(some) for some in points]), strict=True)
     return [slopes_of(at, move, difference).T for move, at in sides]
 

@@ -227,11 +227,12 @@ def rough_noise(config: DPZeroConfig, sample_rate: float, steps: int) -> float:
     if config.noise_multiplier is not None:
         return config.noise_multiplier
     assert config.target_epsilon is not None
+    # Beyond this nothing is hidden, and exp overflows.
+    epsilon = min(config.target_epsilon, 500.0)
     if config.mechanism == "laplace":
-        return laplace_noise_multiplier(config.target_epsilon, sample_rate, steps, config.neighboring)
+        return laplace_noise_multiplier(epsilon, sample_rate, steps, config.neighboring)
     assert config.target_delta is not None
-    # Beyond this ε nothing is hidden, and exp overflows.
-    mu = _gaussian_privacy(min(config.target_epsilon, 500.0), config.target_delta)
+    mu = _gaussian_privacy(epsilon, config.target_delta)
     return 1 / math.sqrt(math.log1p((mu / sample_rate) ** 2 / steps))
 
 

@@ -18,6 +18,8 @@ from peft_dpzero.perturbation.perturbation import Perturbation
 
 ADAPTER_NAME = "adapter_model.safetensors"
 _PIECE = 1 << 20
+# Beside what `hf download --local-dir` has fetched.
+_DOWNLOADS = ".cache/huggingface/"
 # A whole model's weights, in one file or in several.
 _MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
@@ -33,8 +35,9 @@ def is_weights(name: str) -> bool:
 
 
 def file_names(folder: Path) -> list[str]:
-    """The names of all files in `folder` and below, relative to it."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    """The names of all files in `folder` and below, relative to it, but for what a download from the Hub notes."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    return sorted(name for name in names if not name.startswith(_DOWNLOADS))
 
 
 def file_digest(path: Path) -> str:

@@ -9,7 +9,6 @@ entries after it are applied again instead of being released again.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -19,14 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from peft_dpzero.errors import DPZeroError
-
-try:
-    import fcntl
-except ImportError:  # not on this operating system
-    fcntl = None  # type: ignore[assignment]
+from peft_dpzero.release.files import lock, sync_folder
 
 JOURNAL_NAME = "dpzero_journal"
-_UNLOCKABLE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True)
@@ -160,6 +154,19 @@ class Journal:
             self._in_doubt = False
         return self._read
 
+    def lock(self) -> None:
+        """Keeps other processes from the file, and makes it if there is none.
+
+        Raises:
+            DPZeroError: another process has it, or has begun a run in it since it was looked for.
+        """
+        if self._file is not None:
+            return
+        self._open()
+        if self.entries:
+            self.close()
+            raise DPZeroError(f"{self.path} was begun by another process meanwhile: use another output_dir.")
+
     def begin(self, header: dict[str, Any]) -> None:
         """Goes on with the segment of `header`, or opens it.
 
@@ -226,9 +233,9 @@ class Journal:
         new = not self.path.exists()
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o644)
         try:
-            _lock(self._file, self.path)
+            lock(self._file, self.path)
             if new:
-                _sync_folder(self.path.parent)
+                sync_folder(self.path.parent)
             self._read = _parsed(self.path.read_bytes(), self.path)
             self._truncate()
         except DPZeroError:
@@ -324,25 +331,3 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> str:
             names.append(key)
     # What was requested shows in the config that was made of it, unless the result is the same.
     return ", ".join([name for name in names if not name.startswith("requested.")] or names)
-
-
-def _lock(file: int, path: Path) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DPZeroError(f"Another process is writing {path}: end it, or use another output_dir.") from None
-    except OSError as error:
-        if error.errno not in _UNLOCKABLE:
-            raise
-
-
-def _sync_folder(folder: Path) -> None:
-    """Puts a new file's name on disk, where folders can be opened."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -30,8 +30,7 @@ class Estimate:
     Attributes:
         released: what left the step, with ĝ.
         perturbation: makes the directions z_k, over the parameters.
-        learning_rates: for a release out of a journal those that it was applied with, one a group or one for all; None
-            takes the groups' own.
+        learning_rates: those that the journal holds for it, one a group or one for all; None takes the groups' own.
     """
 
     released: Released

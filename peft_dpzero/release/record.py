@@ -39,7 +39,7 @@ def privacy_record(
     accountant, spent = Accountant.of(config), plan.epsilon(steps)
     return {
         "format_version": RECORD_VERSION,
-        "guarantee": _guarantee(plan),
+        "guarantee": _guarantee(plan, steps),
         "epsilon": None if math.isinf(spent) else spent,
         "delta": config.target_delta,
         "noise_multiplier": plan.noise_multiplier,
@@ -83,11 +83,13 @@ def save_record(record: dict[str, Any], folder: Path) -> Path:
     return path
 
 
-def _guarantee(plan: PrivacyPlan) -> str:
+def _guarantee(plan: PrivacyPlan, steps: int) -> str:
     if plan.config.deterministic:
         return "none: deterministic mode, in which sampling and noise are predictable"
     if plan.noise_multiplier == 0:
         return "none: no noise was added"
+    if any(segment.noise_multiplier == 0 for segment in plan.segments(steps)):
+        return "none: no noise was added in some steps"
     kind = "epsilon" if plan.config.mechanism == "laplace" else "(epsilon, delta)"
     return f"{kind}-differential privacy of the released values and of all that is computed from them"
 

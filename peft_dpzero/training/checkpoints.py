@@ -12,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.release.digests import files_digest
-from peft_dpzero.release.journal import JOURNAL_NAME, Journal
+from peft_dpzero.release.journal import JOURNAL_NAME, Journal, read_journal
 from peft_dpzero.release.record import RECORD_NAME
 
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
@@ -60,9 +60,13 @@ def _last_checkpoint(journal: Journal) -> str | None:
 
 
 def _is_of(checkpoint: Path, journal: Journal) -> bool:
-    """Whether the journal goes on from the one that was saved with the checkpoint."""
-    saved = checkpoint / JOURNAL_NAME
-    return saved.exists() and journal.path.read_bytes().startswith(saved.read_bytes())
+    """Whether the journal's releases go on from those that were saved with the checkpoint."""
+    try:
+        saved = read_journal(checkpoint / JOURNAL_NAME)
+    except DPZeroError:
+        return False
+    made = [entry for segment in saved.segments for entry in segment.entries]
+    return journal.entries[: len(made)] == made
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -80,10 +84,9 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """The number of steps done at a checkpoint, by its name or its state; 0 if neither tells."""
-    if named := _NAME.fullmatch(checkpoint.name):
-        return int(named[1])
+    """The number of steps done at a checkpoint, by its state or its name; 0 if neither tells."""
     try:
         return int(json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"])
     except (OSError, ValueError, KeyError, TypeError):
-        return 0
+        named = _NAME.fullmatch(checkpoint.name)
+        return int(named[1]) if named else 0

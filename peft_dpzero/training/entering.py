@@ -11,7 +11,7 @@ from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.release.header import in_version, plan_header
 from peft_dpzero.release.journal import JOURNAL_NAME, Journal
 from peft_dpzero.release.optimizer import DPZeroOptimizer
-from peft_dpzero.release.start import load_start, save_basis, save_start
+from peft_dpzero.release.start import copy_start, load_start, save_basis, save_start
 
 
 def open_journal(folder: Path, resume: bool) -> Journal:
@@ -45,10 +45,10 @@ def enter_journal(
     Args:
         journal: the run's.
         plan: of the releases to come.
-        perturbation: over the model. Its parameters go to the run's start, unless the run is `at_checkpoint`.
+        perturbation: over the model. Its adapter goes to the run's start.
         optimizer: what applies the releases.
         chosen: the settings that were chosen before training.
-        at_checkpoint: whether parameters stay where a checkpoint has put them, or will.
+        at_checkpoint: whether a checkpoint will be loaded over that: its digest is not compared then.
         frozen: what the header says of frozen weights, if one process cannot read them; see `plan_header`.
 
     Raises:
@@ -56,12 +56,15 @@ def enter_journal(
     """
     folder = journal.path.parent
     folder.mkdir(parents=True, exist_ok=True)
+    journal.lock()
     first = journal.segments[0].header if journal.entries else None
     start = None if first is None else str(first["start"])
     if start is None:
         save_start(perturbation, folder)
         save_basis(perturbation.basis, folder)
-    elif not at_checkpoint:
+    elif at_checkpoint:
+        copy_start(perturbation.model, perturbation.parameters, folder)
+    else:
         load_start(perturbation, folder, start)
     header = plan_header(plan, perturbation, optimizer, start, chosen, frozen)
     journal.begin(header if first is None else in_version(header, first["format_version"]))

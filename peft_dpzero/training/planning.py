@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from peft_dpzero.config import DPZeroConfig
-from peft_dpzero.mechanism.accountant import Segment
+from peft_dpzero.mechanism.accountant import TOLERANCE, Segment
 from peft_dpzero.mechanism.plan import PrivacyPlan, make_plan
 from peft_dpzero.release.header import releases
 from peft_dpzero.release.journal import JournalSegment
@@ -48,5 +50,19 @@ def plan_for(
     if capped or steps <= last:
         plan = planned(earlier)
         if plan.steps <= last:
-            return plan
+            return _as_noted(plan, made[-1].header)
     return planned(releases(made))
+
+
+def _as_noted(plan: PrivacyPlan, header: Mapping[str, Any]) -> PrivacyPlan:
+    """`plan` with the σ that its segment began with, if that is as good: another processor, or version of a library,
+    may calibrate to other last digits."""
+    noted = header["config"]["noise_multiplier"]
+    target = header.get("requested", {}).get("target_epsilon")  # not in the oldest journals
+    asked = None if plan.requested is None else plan.requested.target_epsilon
+    if plan.sample_rate != header["sample_rate"] or asked is None or asked != target:
+        return plan
+    if not isinstance(noted, float) or not math.isclose(noted, plan.noise_multiplier, rel_tol=TOLERANCE):
+        return plan
+    as_noted = replace(plan, config=plan.config.replace(noise_multiplier=noted))
+    return as_noted if as_noted.epsilon() <= asked else plan

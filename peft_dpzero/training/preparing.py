@@ -78,12 +78,13 @@ class PreparingMixin(Host):
             minutes: how long training may take on this machine; by default the config's, or 5.
 
         Raises:
-            DPZeroError: `public_dataset` is the training data, the losses of its rows cannot be measured, or the model
+            DPZeroError: what is public is the training data, the losses of its rows cannot be measured, or the model
                 is sharded.
         """
         if is_sharded(self.model):
             raise DPZeroError("tune_on times the passes of one process, and with fsdp all run together: leave it out.")
         check_public(public_dataset, self.train_dataset, "public_dataset")
+        self._check_public_text()
         if not self._compiles:
             self.accelerator.prepare_model(self.model.eval())
         run, minutes = self.run, minutes or self.dpzero_config.minutes or 5.0
@@ -100,6 +101,11 @@ class PreparingMixin(Host):
             rows = public_batches(given, collate, tried), PUBLIC
         deadline = time.monotonic() + 60 * minutes
         return self._measured(tried, perturbation, rows, deadline)
+
+    def _check_public_text(self) -> None:
+        if self.public_text is not None and self.args.weight_decay:
+            raise DPZeroError("weight_decay shrinks parameters out of the basis of public_text: set it to 0.")
+        check_public(self.public_text, self.train_dataset)
 
     def _tried(self, perturbation: Perturbation) -> TriedModel:
         return try_model(

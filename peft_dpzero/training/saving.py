@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import PushInProgress
 
 from peft_dpzero.errors import DPZeroError
+from peft_dpzero.modules import same_parameters
 from peft_dpzero.release.base_name import given_name
 from peft_dpzero.release.bundle import is_released
 from peft_dpzero.release.card import card_fields, save_card
@@ -108,8 +109,13 @@ class SavingMixin(Host):
         step = self.state.global_step if self._weights_step is None else self._weights_step
         self.run.save_claims(self._plain_model, folder, step, **self._card_arguments)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with same_parameters(self.model, self.run.perturbation(self.model).with_adapter):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        with same_parameters(self.model, self.run.perturbation(self.model).with_adapter):
+            super()._load_best_model()
         self._weights_step = self.state.best_global_step
 
     def create_model_card(self, *args: Any, **card_data: Any) -> None:
@@ -179,10 +185,7 @@ class SavingMixin(Host):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.is_world_process_zero() or self.args.hub_strategy == "end":
             return
-        # Each upload has a queue of its own: two at a time could land in either order.
-        under_way: PushInProgress | None = getattr(self, "push_in_progress", None)
-        if under_way is not None and not under_way.is_done() and not self.args.hub_always_push:
-            return
+        # Two uploads at a time could land in either order, and the Trainer may delete the older one's folder.
         self._finish_current_push()
         message = f"Training in progress, step {self.state.global_step}"
         access = {"token": self.args.hub_token, "revision": self.args.hub_revision}

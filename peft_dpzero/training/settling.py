@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import cycle, islice
 from typing import Any
 
@@ -95,7 +95,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Given:
-    """What of the training arguments is not their class's default, and so the user's word."""
+    """What of the training arguments is not the default of their library's class, and so the user's word."""
 
     batch: int | None
     steps: int | None
@@ -106,7 +106,10 @@ class Given:
     @classmethod
     def of(cls, args: TrainingArguments, optimizers: Any = None) -> Given:
         """Reads them; `optimizers` as passed to the Trainer."""
-        default = {name: field.default for name, field in type(args).__dataclass_fields__.items()}
+        libraries: Iterator[Any] = (
+            kind for kind in type(args).__mro__ if kind.__module__.split(".")[0] in ("transformers", "trl")
+        )
+        default = {field.name: field.default for field in fields(next(libraries))}
         rows = args.per_device_train_batch_size
         asked = rows != default["per_device_train_batch_size"]
         batch = int(rows * args.gradient_accumulation_steps * args.world_size)

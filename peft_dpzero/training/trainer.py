@@ -14,8 +14,8 @@ import torch
 from accelerate.utils import is_compiled_module, patch_environment
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerState, TrainingArguments
-from transformers.trainer_utils import TrainOutput
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput, align_special_tokens
 
 from peft_dpzero.checks.arguments import (
     check_adapter,
@@ -25,7 +25,7 @@ from peft_dpzero.checks.arguments import (
     stop_checkpointing,
 )
 from peft_dpzero.checks.compiled import check_compiled_parts
-from peft_dpzero.checks.data import check_collator, check_columns, check_dataset, check_labels, check_public
+from peft_dpzero.checks.data import check_collator, check_columns, check_dataset, check_labels
 from peft_dpzero.checks.hosts import check_host, check_hosted
 from peft_dpzero.config import DPZeroConfig
 from peft_dpzero.errors import DPZeroError
@@ -34,6 +34,7 @@ from peft_dpzero.estimation.preferences import PairTask
 from peft_dpzero.estimation.tasks import Task, as_task
 from peft_dpzero.mechanism.plan import PrivacyPlan
 from peft_dpzero.mechanism.private_sum import Released
+from peft_dpzero.modules import saves_what_is_trained
 from peft_dpzero.processes import AcceleratedProcesses, check_processes
 from peft_dpzero.release.digests import start_digest
 from peft_dpzero.release.optimizer import Estimate
@@ -187,13 +188,11 @@ class DPZeroTrainerMixin(PreparingMixin, EvaluatingMixin, SavingMixin, Reporting
             DPZeroError: see the class; also an output folder that holds another run's journal.
         """
         check_dataset(self.train_dataset)
-        if self.public_text is not None and self.args.weight_decay:
-            raise DPZeroError("weight_decay shrinks parameters out of the basis of public_text: set it to 0.")
+        self._check_public_text()
         needs_labels = not hasattr(self.data_collator, "mlm")
         if not isinstance(self.task, PairTask):
             check_columns(self.train_dataset, self.label_names, needs_labels, self.args.remove_unused_columns)
         check_labels(self.train_dataset, self.task, self.model)
-        check_public(self.public_text, self.train_dataset)
         if self.run.dataset is not self.train_dataset:
             del self.run
         run, folder = self.run, Path(self.args.output_dir)
@@ -204,6 +203,8 @@ class DPZeroTrainerMixin(PreparingMixin, EvaluatingMixin, SavingMixin, Reporting
         with run.opened(folder, resume=bool(resume_from_checkpoint), **self._length):
             check_weights(self.model)
             run.keep_still(self.model)
+            if isinstance(self.processing_class, (PreTrainedTokenizerBase, ProcessorMixin)):
+                align_special_tokens(self.model, self.processing_class)  # before rows are padded, not in the loop
             self._prepare_run(deadline)
             if run.plan.steps < run.steps:
                 warnings.warn(
@@ -211,6 +212,10 @@ class DPZeroTrainerMixin(PreparingMixin, EvaluatingMixin, SavingMixin, Reporting
                 )
                 self.args.max_steps = run.plan.steps
             checkpoint = run.processes.on_main(lambda: checkpoint_to_resume(resume_from_checkpoint, run.journal))
+            if not saves_what_is_trained(self.model):
+                if self.args.load_best_model_at_end:
+                    raise DPZeroError("load_best_model_at_end: this adapter is saved as what it puts out.")
+                checkpoint = None  # the journal makes the weights again
             self.create_optimizer()
             warn_of_small_moves(self._dpzero_optimizer, run.plan.steps)
             run.enter(run.perturbation(self.model), self._dpzero_optimizer, at_checkpoint=checkpoint is not None)

@@ -77,6 +77,9 @@ def refused(folder: Path, words: str, model: Any = None, dpzero: DPZeroConfig | 
         ("include_num_input_tokens_seen", "all"),
         ("train_sampling_strategy", "group_by_length"),
         ("group_by_length", True),
+        ("debug", ["underflow_overflow"]),
+        ("use_liger_kernel", True),
+        ("bf16_full_eval", True),
         ("packing", True),
         ("padding_free", True),
         ("hub_strategy", "all_checkpoints"),
@@ -120,6 +123,14 @@ def test_models_that_cannot_be_tuned_are_refused(tmp_path: Path) -> None:
     unused = tiny_model("classifier").requires_grad_(False)
     unused.extra = torch.nn.Linear(2, 2)
     refused(tmp_path, "do not reach", model=unused)
+
+    named = get_peft_model(tiny_model("classifier"), LoraConfig(target_modules=["query"]), adapter_name="private")
+    refused(tmp_path, "named 'default'", model=named)
+
+    second = adapted()
+    second.add_adapter("private", LoraConfig(target_modules=["query"]))
+    second.set_adapter("private")
+    refused(tmp_path, "adapters default, private", model=second)
 
     injected = tiny_model("classifier")
     injected.add_adapter(LoraConfig(r=2, target_modules=["query"]))

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import copy
+import functools
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from datasets import ClassLabel, Dataset
 from peft_dpzero import DPZeroError, DPZeroTrainer
-from peft_dpzero.checks.data import check_labels
+from peft_dpzero.checks.data import check_collator, check_labels
+from peft_dpzero.estimation.batching import without_column
 from peft_dpzero.estimation.tasks import ClassificationTask
+from transformers import DataCollatorForLanguageModeling, default_data_collator
 
-from tiny import adapted, arguments, config, tiny_dataset, tiny_model
+from tiny import adapted, arguments, config, tiny_dataset, tiny_model, word_tokenizer
 
 
 def rows(labels: list[Any]) -> Dataset:
@@ -51,6 +57,45 @@ def test_the_training_data_are_not_public(tmp_path: Path) -> None:
     dataset = tiny_dataset("classifier")
     refused(tmp_path, dataset, "public_text is the training data", public_text=dataset)
     refused(tmp_path, dataset, "public_text is the training data", public_text=copy.copy(dataset))
+
+
+GENERATOR = torch.Generator()
+
+
+def draws_by_a_global_one(rows: list[Any]) -> Any:
+    return torch.rand(1, generator=GENERATOR) and default_data_collator(rows)
+
+
+def draws_by(generator: Any) -> Any:
+    def collate(rows: list[Any]) -> Any:
+        return generator.random() and default_data_collator(rows)
+
+    return collate
+
+
+@pytest.mark.parametrize(
+    "collator",
+    [
+        DataCollatorForLanguageModeling(word_tokenizer(), seed=42),
+        draws_by(np.random.default_rng(0)),
+        functools.partial(draws_by(random.Random(0))),
+        draws_by_a_global_one,
+        without_column(DataCollatorForLanguageModeling(word_tokenizer(), seed=0), "user"),
+    ],
+)
+def test_masks_that_depend_on_the_rows_before_are_refused(collator: Any) -> None:
+    with pytest.raises(DPZeroError, match="from row to row"):
+        check_collator(collator)
+
+
+def test_masks_from_the_secret_seeds_pass() -> None:
+    choice = random.choice
+
+    def from_the_global_generator(rows: list[Any]) -> Any:
+        return choice([default_data_collator])(rows)
+
+    check_collator(from_the_global_generator)
+    check_collator(without_column(DataCollatorForLanguageModeling(word_tokenizer()), "user"))
 
 
 def test_what_is_right_passes() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -224,6 +225,12 @@ def test_without_room_losses_are_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     made = losses_at(losses, batches, perturbation, 0, POINTS)
     assert seen["calls"] == 2, "one of three micro-batches found room"
     assert all(map(torch.equal, made, losses_at(plain, batches, perturbation, 0, POINTS)))
+
+
+def test_the_processes_of_a_machine_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_trunk.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert kept_trunk._RowFile()._room == 125
 
 
 def test_a_disk_that_is_full_stops_nothing() -> None:

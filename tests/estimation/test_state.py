@@ -28,6 +28,8 @@ class Forgetless(nn.Module):
         self.cache: dict[int, Tensor] = {0: torch.zeros(1)}
         self.history = [1]
         self.kinds = {"a"}
+        self.deep: dict[str, Any] = {"rope": {"longest": 0, "sizes": [0]}, "pair": (torch.zeros(1), [0])}
+        self.shape = (1, 2)
 
     def meet(self) -> None:
         self.written += 1
@@ -41,6 +43,11 @@ class Forgetless(nn.Module):
         self.cache[1] = torch.ones(1)
         self.history.append(2)
         self.kinds.add("b")
+        self.deep["rope"]["longest"] = 9
+        self.deep["rope"]["sizes"].append(9)
+        self.deep["pair"][0].add_(1)
+        self.deep["pair"][1].append(9)
+        self.shape = (3, 4)
 
 
 def contents(module: Forgetless) -> dict[str, Any]:
@@ -61,6 +68,9 @@ def test_everything_a_module_keeps_is_put_back_and_named() -> None:
         assert all(torch.equal(after[key], values[key]) for key in values)
         assert all(after[key] == before[key] for key in ("count", "name", "history", "kinds"))
         assert list(module.cache) == [0]
+        assert module.deep["rope"] == {"longest": 0, "sizes": [0]}
+        assert module.deep["pair"] == (torch.zeros(1), [0])
+        assert module.shape == (1, 2)
     module.meet()
     assert {"0.replaced", "0.late", "0.count", "0.another", "0.name", "0.absent"} <= set(state.restore())
     assert state.restore() == []

@@ -120,17 +120,17 @@ def broken_entries_replaced(patch: Patch) -> None:
 
 
 def divided_by_the_actual_batch(patch: Patch) -> None:
-    def release(self: PrivateSum, step: int, differences: PrivateDifferences) -> Any:
+    def release(self: PrivateSum, step: int, differences: PrivateDifferences, *more: Any) -> Any:
         self.expected_batch_size = max(1, len(differences._rows))
-        return _release(self, step, differences)
+        return _release(self, step, differences, *more)
 
     patch.setattr(PrivateSum, "release", release)
 
 
 def empty_batch_released_without_noise(patch: Patch) -> None:
-    def release(self: PrivateSum, step: int, differences: PrivateDifferences) -> Any:
+    def release(self: PrivateSum, step: int, differences: PrivateDifferences, *more: Any) -> Any:
         rows = differences._rows
-        return self.interpret(step, [0] * rows.shape[1]) if not len(rows) else _release(self, step, differences)
+        return self.interpret(step, [0] * rows.shape[1]) if not len(rows) else _release(self, step, differences, *more)
 
     patch.setattr(PrivateSum, "release", release)
 

@@ -13,13 +13,14 @@ import torch
 from peft_dpzero import DPZeroConfig, DPZeroTrainer, verify
 from peft_dpzero.checks.passes import try_model
 from peft_dpzero.cli.app import run as command
+from peft_dpzero.cli.tune import _filled
 from peft_dpzero.errors import DPZeroError
 from peft_dpzero.estimation.losses import Losses
 from peft_dpzero.estimation.tasks import infer_task
 from peft_dpzero.mechanism.accountant import COARSE_INTERVAL, Accountant
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.public.scales import Seconds, find_slopes, measure_slopes, rows_to_read
-from peft_dpzero.public.settings import choose_sizes, learning_rate, rough_noise
+from peft_dpzero.public.settings import Settings, choose_sizes, learning_rate, rough_noise
 from peft_dpzero.release.journal import read_journal
 from peft_dpzero.training import settling
 from peft_dpzero.training import trainer as training
@@ -290,8 +291,12 @@ def test_with_time_explicit_arguments_stay(tmp_path: Path) -> None:
 
 def test_tuning_refuses_the_training_data_and_changes_nothing(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_steps=1)
-    with pytest.raises(DPZeroError, match="public"):
+    with pytest.raises(DPZeroError, match="public_dataset is the training data"):
         run.tune_on(run.train_dataset)
+    run.public_text = run.train_dataset
+    with pytest.raises(DPZeroError, match="public_text is the training data"):
+        run.tune_on()
+    run.public_text = None
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
     measured = run.tune_on(tiny_dataset("classifier", 40), minutes=1.0)
     assert measured.settings.source == "public text"
@@ -312,6 +317,20 @@ def test_a_loss_that_cannot_be_measured_is_told(tmp_path: Path) -> None:
     )
     with pytest.raises(DPZeroError, match="give clipping_threshold and smoothing_parameter"):
         run.train()
+
+
+def test_a_suggested_run_is_read_as_it_was_written(tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        "model: base\ntask: verbalizer-masked\ndata: {train: a.csv, text: a, label_words: {0: no, 1: yes}}\n"
+        "dpzero: {target_epsilon: 4, target_delta: 0, mechanism: laplace, minutes: 3}\ntraining: {output_dir: out}\n"
+    )
+    chosen = Settings("made-up rows", clipping_threshold=2.0, num_directions=1, steps=30)
+    filled = _filled(run, SimpleNamespace(settings=chosen), "public.csv")  # type: ignore[arg-type]
+    assert filled["data"] == {"train": "a.csv", "text": "a", "label_words": {0: "no", 1: "yes"}, "public": "public.csv"}
+    assert "clipping" not in filled["dpzero"], "Laplace noise has no adaptive clipping"
+    assert "minutes" not in filled["dpzero"]
+    DPZeroConfig(**filled["dpzero"])
 
 
 def test_the_command_writes_a_run_that_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

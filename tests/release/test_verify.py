@@ -55,6 +55,13 @@ def test_an_honest_release_passes(honest: Path, capsys: pytest.CaptureFixture[st
     assert "the weights are a function of base, start and journal" in " ".join(capsys.readouterr().out.split())
 
 
+def test_what_a_download_notes_beside_the_files_is_not_of_the_release(honest: Path, tmp_path: Path) -> None:
+    release = shutil.copytree(honest / "release", tmp_path / "release")
+    (release / ".cache" / "huggingface" / "download").mkdir(parents=True)
+    (release / ".cache" / "huggingface" / "download" / "README.md.metadata").write_text("etag")
+    assert not failures(release)
+
+
 def test_a_journal_release_is_checked_by_replaying_it(honest: Path, tmp_path: Path) -> None:
     trained(tmp_path).save_journal(str(tmp_path / "journal"))
     found = statuses(tmp_path / "journal", tmp_path / "base")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,34 @@ import dp_accounting
 import pytest
 import torch
 from dp_accounting.pld import PLDAccountant
-from peft import LoraConfig, get_peft_model
-from peft_dpzero import DPZeroConfig, DPZeroError, DPZeroSGD, DPZeroTrainer, infer_task, make_plan, verify
+from peft import LoraConfig, PromptEncoderConfig, get_peft_model
+from peft_dpzero import (
+    DPZeroAdamW,
+    DPZeroConfig,
+    DPZeroError,
+    DPZeroSGD,
+    DPZeroTrainer,
+    Run,
+    infer_task,
+    make_plan,
+    verify,
+)
 from peft_dpzero.estimation.batching import LogicalBatches
 from peft_dpzero.estimation.losses import Losses
 from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
 from peft_dpzero.estimation.shapes import Shapes
+from peft_dpzero.mechanism import accountant
 from peft_dpzero.mechanism.accountant import Accountant, Segment
 from peft_dpzero.perturbation.perturbation import Perturbation
 from peft_dpzero.release.journal import read_journal
 from peft_dpzero.step import PrivateStep
+from peft_dpzero.training.entering import enter_journal, open_journal
 from peft_dpzero.training.run import RunOnDisk
 from safetensors.torch import load_file
-from transformers import default_data_collator
+from transformers import TrainerCallback, default_data_collator
 
 import killed_runs
-from tiny import arguments, config, tiny_dataset, tiny_model
+from tiny import adapted, arguments, config, tiny_dataset, tiny_model, trained
 
 KILLS = 30
 
@@ -71,10 +84,10 @@ def test_killed_private_runs_release_each_step_once(tmp_path: Path) -> None:
 
 def run(folder: Path, steps: int, seed: int = 0, **changes: Any) -> DPZeroTrainer:
     settings = {key: changes.pop(key) for key in ("save_strategy", "save_steps", "lr_scheduler_type") if key in changes}
+    model, lora = tiny_model("classifier"), LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
     torch.manual_seed(seed)
-    lora = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
     return DPZeroTrainer(
-        get_peft_model(tiny_model("classifier"), lora),
+        get_peft_model(model, lora),
         arguments(folder, max_steps=steps, **settings),
         train_dataset=tiny_dataset("classifier"),
         dpzero_config=config(**changes),
@@ -88,6 +101,120 @@ def by_dp_accounting_alone(record: dict[str, Any]) -> float:
         sampled = dp_accounting.PoissonSampledDpEvent(segment["sample_rate"], release)
         accountant.compose(dp_accounting.SelfComposedDpEvent(sampled, segment["steps"]))
     return float(accountant.get_epsilon(record["delta"]))
+
+
+def half_precision() -> Any:
+    lora = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
+    return get_peft_model(tiny_model("classifier").bfloat16(), lora, autocast_adapter_dtype=False)
+
+
+def prompt_encoder() -> Any:
+    return get_peft_model(tiny_model("classifier"), PromptEncoderConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
+
+
+@pytest.mark.parametrize("build", [half_precision, prompt_encoder])
+def test_adapters_that_peft_loads_otherwise_go_on_where_they_were(build: Callable[[], Any], tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    def trainer(name: str, seed: int, **options: Any) -> DPZeroTrainer:
+        torch.manual_seed(seed)
+        settings = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 0.1}
+        return DPZeroTrainer(
+            build(),
+            arguments(tmp_path / name, max_steps=5, **settings),
+            train_dataset=tiny_dataset("classifier"),
+            dpzero_config=config(deterministic=True),
+            **options,
+        )
+
+    whole = trainer("whole", 0)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer("cut", 0, callbacks=[Stop()]).train()
+    resumed = trainer("cut", 9)
+    resumed.train(resume_from_checkpoint=True)
+    wanted, found = trained(whole), trained(resumed)
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[name], found[name]) and wanted[name].dtype == found[name].dtype for name in wanted)
+
+
+def test_settings_that_the_journal_does_not_hold_may_not_change(tmp_path: Path) -> None:
+    model = adapted()
+    optimizer = DPZeroAdamW(p for p in model.parameters() if p.requires_grad)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=9)
+    run = DPZeroTrainer(
+        model,
+        arguments(tmp_path, max_steps=3),
+        train_dataset=tiny_dataset("classifier"),
+        dpzero_config=config(),
+        optimizers=(optimizer, schedule),
+    )
+    with pytest.raises(DPZeroError, match="cycle_momentum=False"):
+        run.train()
+
+
+def test_a_rate_that_changes_before_the_update_is_not_taken(tmp_path: Path) -> None:
+    def ended(late: float) -> list[torch.Tensor]:
+        model = adapted()
+        own = Run(config(deterministic=True), tiny_dataset("classifier"), expected_batch_size=8, steps=1)
+        optimizer = DPZeroSGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+        with own.started(model, optimizer, default_data_collator, tmp_path / str(late)):
+            estimate = own.release(0).estimate
+            optimizer.param_groups[0]["lr"] = late
+            optimizer.step(estimate)
+        return [p.detach() for p in model.parameters() if p.requires_grad]
+
+    assert all(map(torch.equal, ended(0.1), ended(7.0)))
+
+
+def test_another_processors_last_digits_of_the_noise_do_not_stop_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2, "target_epsilon": 0.4, "noise_multiplier": None}
+    run(tmp_path, 4, **saving).train()
+    noted = read_journal(tmp_path / "dpzero_journal").segments[0].header["config"]["noise_multiplier"]
+    calibrate = accountant._pld_noise_multiplier
+    monkeypatch.setattr(accountant, "_pld_noise_multiplier", lambda *args: calibrate(*args) * (1 + 1e-9))
+    again = run(tmp_path, 4, **saving)
+    assert again.train(resume_from_checkpoint=True).global_step == 4
+    assert again.privacy_plan.noise_multiplier == noted
+
+
+def test_a_run_that_began_without_noise_claims_nothing(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    run(tmp_path, 2, noise_multiplier=0.0, **saving).train()
+    more = run(tmp_path, 4, noise_multiplier=1.0, **saving)
+    more.train(resume_from_checkpoint=True)
+    record = more.privacy_record()
+    assert record["epsilon"] is None
+    assert record["guarantee"].startswith("none: no noise was added in some steps")
+
+
+def test_of_two_runs_that_start_in_one_folder_the_second_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    plan = make_plan(config(), 64, 4, 3)
+    journals = [open_journal(tmp_path, resume=False) for _ in range(2)]
+    models = [get_peft_model(tiny_model("classifier"), LoraConfig(target_modules=["query"])) for _ in range(2)]
+    first, second = (Perturbation(model) for model in models)
+    next(iter(second.parameters.values())).data += 1
+    enter_journal(journals[0], plan, first, DPZeroSGD(first.parameters.values()), None, at_checkpoint=False)
+    start = (tmp_path / "dpzero_start.safetensors").read_bytes()
+    with pytest.raises(DPZeroError, match="Another process"):
+        enter_journal(journals[1], plan, second, DPZeroSGD(second.parameters.values()), None, at_checkpoint=False)
+    assert (tmp_path / "dpzero_start.safetensors").read_bytes() == start
+
+
+def test_a_loop_of_ones_own_repeats_where_it_is_asked_to(tmp_path: Path) -> None:
+    def released(folder: Path) -> list[Any]:
+        data, model = tiny_dataset("classifier"), adapted()
+        own = Run(config(deterministic=True), data, expected_batch_size=8, steps=3)
+        optimizer = DPZeroSGD(p for p in model.parameters() if p.requires_grad)
+        with own.started(model, optimizer, default_data_collator, folder):
+            return [own.release(number).estimate.released.values for number in range(3)]
+
+    assert released(tmp_path / "a") == released(tmp_path / "b")
 
 
 def test_a_checkpoint_of_another_run_is_refused_whatever_its_name(tmp_path: Path) -> None:

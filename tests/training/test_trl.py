@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from peft_dpzero.estimation.batching import LogicalBatch
 from peft_dpzero.estimation.losses import Losses
 from peft_dpzero.estimation.preferences import REFERENCE
 from peft_dpzero.training.preferences import adapter_off
+from peft_dpzero.training.settling import Given
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast, Trainer
@@ -306,6 +308,15 @@ def test_sft_refuses_a_loss_that_it_would_not_train(tmp_path: Path) -> None:
     args = settings(trl.SFTConfig, tmp_path, loss_type="dft")
     with pytest.raises(DPZeroError, match="loss_type"):
         PrivateSFTTrainer(tiny_lora("causal_lm"), args, train_dataset=preferences(), dpzero_config=config())
+
+
+def test_what_trl_has_for_a_default_nobody_gave(tmp_path: Path) -> None:
+    @dataclass
+    class Own(trl.SFTConfig):  # type: ignore[misc]
+        learning_rate: float = 3e-3
+
+    given = [Given.of(kind(str(tmp_path), use_cpu=True, bf16=False)) for kind in (trl.SFTConfig, Own)]
+    assert [one.learning_rate for one in given] == [None, 3e-3]
 
 
 @pytest.mark.parametrize(
