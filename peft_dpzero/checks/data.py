@@ -76,7 +76,7 @@ def _own_generator(collator: Any, depth: int = 3) -> str | None:
         held |= {"func": collator.func, **collator.keywords}
         held |= dict(enumerate(collator.args))
     if isinstance(collator, MethodType):
-        held |= {"self": collator.__self__}
+        held |= getattr(collator.__self__, "__dict__", {})
     if isinstance(collator, FunctionType):
         read = inspect.getclosurevars(collator)
         held |= {**read.nonlocals, **read.globals}

@@ -59,6 +59,14 @@ def test_the_training_data_are_not_public(tmp_path: Path) -> None:
     refused(tmp_path, dataset, "public_text is the training data", public_text=copy.copy(dataset))
 
 
+class Masks:
+    def __init__(self) -> None:
+        self.random = np.random.RandomState(0)
+
+    def collated(self, rows: list[Any]) -> Any:
+        return self.random.rand() and default_data_collator(rows)
+
+
 GENERATOR = torch.Generator()
 
 
@@ -80,6 +88,7 @@ def draws_by(generator: Any) -> Any:
         draws_by(np.random.default_rng(0)),
         functools.partial(draws_by(random.Random(0))),
         draws_by_a_global_one,
+        Masks().collated,
         without_column(DataCollatorForLanguageModeling(word_tokenizer(), seed=0), "user"),
     ],
 )
