@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -271,7 +271,9 @@ def main() -> None:
 
     for sizes in runs:
         plan = simulation.planned(sizes, options.epsilon)
-        print(f"r = {sizes.vectors}, B = {sizes.batch}, T = {sizes.steps}: {shown(plan)}", flush=True)
+        without = shown(replace(plan, noise_multiplier=0.0))
+        title = f"r = {sizes.vectors}, B = {sizes.batch}, T = {sizes.steps}"
+        print(f"{title}: {shown(plan)}; without the noise, all else the same, {without}", flush=True)
         for point in POINTS if options.sweep else ():
             rate, norms = point["learning_rate"], point["usual_norms"]
             print(f"  η = {rate:g}, C = {norms:g} × usual: {shown(plan, point)}", flush=True)
