@@ -62,10 +62,9 @@ def _last_checkpoint(journal: Journal) -> str | None:
 def _is_of(checkpoint: Path, journal: Journal) -> bool:
     """Whether the journal's releases go on from those that were saved with the checkpoint."""
     try:
-        saved = read_journal(checkpoint / JOURNAL_NAME)
+        made = read_journal(checkpoint / JOURNAL_NAME).entries
     except DPZeroError:
         return False
-    made = [entry for segment in saved.segments for entry in segment.entries]
     return journal.entries[: len(made)] == made
 
 
