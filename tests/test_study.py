@@ -38,6 +38,7 @@ from study.methods import METHODS, SWEPT
 from study.methods.base import DoesNotFit
 from study.methods.first_order import CoordinateGradients
 from study.methods.gradients import own_gradients
+from study.methods.opacus_kept import kept_trunk
 from study.methods.pazo import PublicGradients
 from study.methods.published import reference_of, what_its_noise_proves
 from study.models import Start, of_ordered_classes, second_half
@@ -226,7 +227,7 @@ def test_public_gradients_give_the_slope_along_their_combination(start: Start) -
     assert reader.read([]).shape == (0, 1)
 
 
-@pytest.mark.parametrize("name", some_slow(list(METHODS), "ours"))
+@pytest.mark.parametrize("name", some_slow([name for name in METHODS if name != "opacus-kept"], "ours"))
 def test_every_method_keeps_its_budgets_and_moves_the_model(name: str, start: Start, tmp_path: Path) -> None:
     method, before = METHODS[name], start.weights()
     clock = Clock(Budget.of("800p"))
@@ -327,10 +328,11 @@ def test_adamw_stops_after_three_epochs_of_any_number_of_rows(start: Start, tmp_
 
 def test_opacus_counts_logical_batches(start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys.modules["study.methods.opacus_adamw"], "READ_TOGETHER", 3)
+    start = dataclasses.replace(start, train=start.train[:41])  # six batches of 8, so a rate of 1/6
     settings = METHODS["opacus"].grid[0]
-    outcome = METHODS["opacus"].train(start, Clock(Budget.of("240p")), EPSILON, 0, tmp_path, **settings)
-    assert (outcome.steps, outcome.passes) == (10, 240)
-    assert 0.9 * EPSILON < outcome.privacy["epsilon"] <= EPSILON * 1.01
+    outcome = METHODS["opacus"].train(start, Clock(Budget.of("205p")), EPSILON, 0, tmp_path, **settings)
+    assert (outcome.steps, outcome.passes) == (10, 205)
+    assert outcome.privacy["epsilon"] == pytest.approx(EPSILON, abs=0.011)  # what Opacus's search leaves
 
 
 def test_soft_labels_of_a_scale_are_spread_evenly() -> None:
@@ -417,6 +419,9 @@ def test_the_report_shows_means_deviations_and_numbers_of_what_was_run(tmp_path:
         save(result_of(one, accuracy), path_of(one, tmp_path))
     other = dataclasses.replace(cell, method="aggzo-256")
     save(result_of(other, None), path_of(other, tmp_path))
+    for seed, accuracy in {0: 0.65, 2: 0.8}.items():
+        one = dataclasses.replace(cell, method="dpzero", seed=seed)
+        save(result_of(one, accuracy), path_of(one, tmp_path))
     tuning = dataclasses.replace(cell, method="dpzero", settings=0)
     save(result_of(tuning, 0.99), path_of(tuning, tmp_path))
     page = tmp_path / "page.md"
@@ -424,14 +429,18 @@ def test_the_report_shows_means_deviations_and_numbers_of_what_was_run(tmp_path:
     write_report(tmp_path / "nothing new", page)
     text = page.read_text()
     assert "80.0 ± 10.0 (3)" in text
+    assert "| DPZero (K = 1), our accountant | 7.5 ± 3.5 (2) |" in text  # of the seeds that both have
+    assert "| DP-AggZO, K = 256 | – |" in text
     assert "does not fit" in text
     assert "99.0" not in text
     assert "2 minutes" in text
-    assert len(json.loads((tmp_path / "page" / "results.json").read_text())) == 5
+    assert len(json.loads((tmp_path / "page" / "results.json").read_text())) == 7
     assert "<svg" in (tmp_path / "page" / "minilm_movies.svg").read_text()
 
 
-def test_the_simulated_last_layer_is_the_models_own(start: Start) -> None:
+@pytest.fixture
+def last_layer_start(start: Start) -> Start:
+    """With LoRA in the last layer of three."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 24}
     base = BertForSequenceClassification(BertConfig(vocab_size=64, **sizes))
     lora = LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value", "dense"], layers_to_transform=[2])
@@ -439,6 +448,23 @@ def test_the_simulated_last_layer_is_the_models_own(start: Start) -> None:
     with torch.no_grad():
         for parameter in start.parameters.values():
             parameter.add_(0.1 * torch.randn_like(parameter))
+    return start
+
+
+def test_a_kept_trunk_changes_no_loss_and_is_put_back(last_layer_start: Start, tmp_path: Path) -> None:
+    start, method, before = last_layer_start, METHODS["opacus-kept"], last_layer_start.weights()
+    expected = start.losses(start.collate([dict(row) for row in start.train]))
+    with kept_trunk(start) as above:
+        torch.testing.assert_close(above.losses(above.collate(above.train)), expected, rtol=1e-4, atol=1e-6)
+    outcome = method.train(start, Clock(Budget.of("240p")), EPSILON, 0, tmp_path, **method.grid[0])
+    assert (outcome.steps, outcome.passes) == (10, 240)
+    assert any(not torch.equal(p, before[n]) for n, p in start.parameters.items())
+    start.restore(before)
+    assert torch.equal(start.losses(start.collate([dict(row) for row in start.train])), expected)
+
+
+def test_the_simulated_last_layer_is_the_models_own(last_layer_start: Start) -> None:
+    start = last_layer_start
     layer = LastLayer(start)
     (batch,) = start.batches(start.train)
     (rows,) = together(layer.entering(start, start.train))

@@ -48,7 +48,7 @@ class Clock:
 
         Args:
             passes_a_step: passes of private rows.
-            trial: does the work of a `share` of a step on public rows; not called if passes are what counts.
+            trial: does the work of a `share` of a step; not called if passes are what counts.
             share: of a step.
         """
         assert self.budget is not None, "what trains has a budget"

@@ -10,6 +10,7 @@ from pathlib import Path
 import tables
 
 from . import plots, sweep
+from .beside import differences
 from .cells import Budget
 from .methods import METHODS
 from .results import Result, gather, read_all, reported
@@ -46,7 +47,8 @@ def rendered(groups: Groups, pictures: Sequence[Path] = ()) -> str:
         parts += [f"![{model}, {task}]({picture})" for picture in pictures if picture.stem == f"{model}_{task}"]
         of_task = {key: results for key, results in groups.items() if (key.model, key.task) == (model, task)}
         for budget in sorted({key.budget for key in of_task if key.budget is not None}):
-            parts += [f"**{words(budget)}**", budget_table(of_task, budget)]
+            compared = differences(of_task, budget)
+            parts += [f"**{words(budget)}**", budget_table(of_task, budget), *([compared] if compared else [])]
     if any(key.method == "published" for key in groups):
         parts += ["### What the published noise proves", recomputed(groups)]
     return "\n\n".join(parts)

@@ -49,9 +49,9 @@ def private_loop(
 
     def trial() -> None:
         reader.prepare()
-        reader.read(start.public[:batch])
+        reader.read(start.some_rows(batch))
 
-    steps = clock.steps(reader.passes_a_row * batch, trial, share=min(1.0, len(start.public) / batch))
+    steps = clock.steps(reader.passes_a_row * batch, trial)
     mechanism = PoissonGaussian(epsilon, len(start.train), batch, steps, threshold)
     first = rate(steps) if callable(rate) else rate
     made = 0

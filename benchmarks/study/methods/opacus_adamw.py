@@ -5,6 +5,7 @@ Its accountant's relation is add-or-remove-one, as ours. Noise and sampling are 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,9 @@ from ..models import READ_TOGETHER, Row, Start
 from .base import Outcome
 from .gradients import in_training_mode, own_gradients, row_gradients
 
-BATCH, PASSES_A_ROW = 256, 3
+PASSES_A_ROW = 3
+# Of a step, that is timed.
+SHARE = 0.5
 
 
 def opacus_adamw(
@@ -35,14 +38,17 @@ def opacus_adamw(
     *,
     learning_rate: float,
     clipping_threshold: float,
+    batch: int,
 ) -> Outcome:
     assert epsilon is not None
     warnings.filterwarnings("ignore")
-    batch = min(BATCH, start.size.batch)
-    rate = batch / len(start.train)
-    steps = clock.steps(PASSES_A_ROW * batch, lambda: _trial(start, batch))
+    batch = min(batch, start.size.batch)
+    batches = math.ceil(len(start.train) / batch)  # Opacus samples and accounts with a rate of one over these
+    passes = PASSES_A_ROW * len(start.train) / batches
+    rows = start.some_rows(int(SHARE * batch))
+    steps = clock.steps(passes, lambda: _trial(start, rows), SHARE)
     sigma = get_noise_multiplier(
-        target_epsilon=epsilon, target_delta=DELTA, sample_rate=rate, steps=steps, accountant="prv"
+        target_epsilon=epsilon, target_delta=DELTA, sample_rate=1 / batches, steps=steps, accountant="prv"
     )
     in_training_mode(start.model)
     optimizer = torch.optim.AdamW(start.parameters.values(), lr=learning_rate, weight_decay=0.0)
@@ -69,7 +75,7 @@ def opacus_adamw(
     start.model.eval()
     return Outcome(
         made,
-        float(PASSES_A_ROW * batch * made),
+        passes * made,
         {
             "epsilon": engine.get_epsilon(DELTA) if made else 0.0,
             "delta": DELTA,
@@ -113,11 +119,10 @@ def _differentiate(start: Start, module: Any, batch: Any) -> None:
         parameter.grad_sample = parameter.new_zeros(0, *parameter.shape)
 
 
-def _trial(start: Start, rows: int) -> None:
-    """The gradients of a step's rows, in physical batches of any lengths as in training."""
-    public = start.public[:rows]
+def _trial(start: Start, rows: list[Row]) -> None:
+    """The gradients of rows, in physical batches of any lengths as in training."""
     with own_gradients(start) as module:
-        for first in range(0, len(public), READ_TOGETHER):
-            some = public[first : first + READ_TOGETHER]
+        for first in range(0, len(rows), READ_TOGETHER):
+            some = rows[first : first + READ_TOGETHER]
             for gradients in row_gradients(start, module, some, tuple(start.parameters)):
                 gradients.norm(dim=1)

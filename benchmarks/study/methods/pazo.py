@@ -20,7 +20,9 @@ from .base import Outcome
 from .loop import private_loop
 from .ours import PUBLISHED_MOVE, PUBLISHED_ROWS
 
-PUBLIC_ROWS, MEASURED_ROWS = 16, 32
+PUBLIC_ROWS = 16
+# Public rows and directions that the threshold is measured on.
+MEASURED_ROWS, MEASURED_DIRECTIONS = 32, 16
 
 
 def pazo(
@@ -36,10 +38,19 @@ def pazo(
     assert epsilon is not None
     reader = PublicGradients(start, public_batches, seed)
     reader.prepare()
-    threshold = float(reader.read(start.public[:MEASURED_ROWS]).square().mean().sqrt())
+    threshold = usual_difference(reader, start.public[:MEASURED_ROWS])
     outcome = private_loop(reader, start, clock, epsilon, batch=PUBLISHED_ROWS, threshold=threshold, rate=learning_rate)
     outcome.settings |= {"public_batches": public_batches, "smoothing_parameter": PUBLISHED_MOVE}
     return outcome
+
+
+def usual_difference(reader: PublicGradients, public: list[Row]) -> float:
+    """The root mean square of public rows' differences along combinations of the same gradients."""
+    squares = []
+    for _ in range(MEASURED_DIRECTIONS):
+        reader.draw()
+        squares.append(reader.read(public).square().mean())
+    return float(torch.stack(squares).mean().sqrt())
 
 
 class PublicGradients:
@@ -52,10 +63,10 @@ class PublicGradients:
         self.parameters = list(start.parameters.values())
         self.order = np.random.RandomState(seed)
         self.directions = secret_generator()
-        self.direction = torch.empty(0)
+        self.columns = self.direction = torch.empty(0)
 
     def prepare(self) -> None:
-        """Draws G and u: the direction Gu is (d,)."""
+        """Draws G (its columns are rows here: (k, d)) and u."""
         columns = []
         for _ in range(self.public_batches):
             chosen = self.order.choice(len(self.start.public), min(PUBLIC_ROWS, self.start.size.batch))
@@ -63,8 +74,12 @@ class PublicGradients:
             loss = self.start.losses(batch).mean()
             made = torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
             columns.append(nn.functional.normalize(torch.cat([g.flatten() for g in made]), dim=0))
-        weights = torch.randn(len(columns), generator=self.directions)
-        self.direction = weights @ torch.stack(columns)
+        self.columns = torch.stack(columns)
+        self.draw()
+
+    def draw(self) -> None:
+        """Draws u: the direction Gu is (d,)."""
+        self.direction = torch.randn(len(self.columns), generator=self.directions) @ self.columns
 
     @torch.no_grad()
     def read(self, rows: list[Row]) -> Tensor:

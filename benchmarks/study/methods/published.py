@@ -42,7 +42,7 @@ def published(
     step.clipping_threshold = usual_difference(step, start.public[:MEASURED_ROWS])
     epoch = len(start.train) // rows  # the rest of an epoch would get too little noise
     before = start.weights()
-    steps = clock.steps(PASSES_A_ROW * rows, lambda: step(0, start.public[:rows]))
+    steps = clock.steps(PASSES_A_ROW * rows, lambda: step(0, start.some_rows(rows)))
     start.restore(before)
     step.noise = published_noise_multiplier(epsilon, rows / len(start.train), steps)
 
