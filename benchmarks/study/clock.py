@@ -43,19 +43,21 @@ class Clock:
     def is_over(self) -> bool:
         return self.left <= 0
 
-    def steps(self, passes_a_step: float, trial: Callable[[], object], share: float = 1.0) -> int:
+    def steps(
+        self, passes_a_step: float, trial: Callable[[], object], first: Callable[[], object] | None = None
+    ) -> int:
         """How many steps fit, one at least.
 
         Args:
             passes_a_step: passes of private rows.
-            trial: does the work of a `share` of a step; not called if passes are what counts.
-            share: of a step.
+            trial: does the work of a step; not called if passes are what counts.
+            first: what sets up all that later steps do not; by default the trial, once more.
         """
         assert self.budget is not None, "what trains has a budget"
         if self.budget.unit == "p":
             return max(1, int(self.budget.amount / passes_a_step))
-        trial()  # what the first pass sets up is not every step's
+        (first or trial)()
         before = time.monotonic()
         trial()
-        once = (time.monotonic() - before) / share
+        once = time.monotonic() - before
         return max(1, int(self.left / (RESERVE * once)))

@@ -22,11 +22,9 @@ from ..clock import Clock
 from ..mechanism import secret_generator
 from ..models import READ_TOGETHER, Row, Start
 from .base import Outcome
-from .gradients import in_training_mode, own_gradients, row_gradients
+from .gradients import in_training_mode, own_gradients
 
 PASSES_A_ROW = 3
-# Of a step, that is timed.
-SHARE = 0.5
 
 
 def opacus_adamw(
@@ -45,8 +43,13 @@ def opacus_adamw(
     batch = min(batch, start.size.batch)
     batches = math.ceil(len(start.train) / batch)  # Opacus samples and accounts with a rate of one over these
     passes = PASSES_A_ROW * len(start.train) / batches
-    rows = start.some_rows(int(SHARE * batch))
-    steps = clock.steps(passes, lambda: _trial(start, rows), SHARE)
+    rows = start.some_rows(round(len(start.train) / batches))
+    with own_gradients(start) as module:
+        steps = clock.steps(
+            passes,
+            lambda: _trial(start, module, rows),
+            first=lambda: _trial(start, module, rows[:READ_TOGETHER]),
+        )
     sigma = get_noise_multiplier(
         target_epsilon=epsilon, target_delta=DELTA, sample_rate=1 / batches, steps=steps, accountant="prv"
     )
@@ -119,10 +122,10 @@ def _differentiate(start: Start, module: Any, batch: Any) -> None:
         parameter.grad_sample = parameter.new_zeros(0, *parameter.shape)
 
 
-def _trial(start: Start, rows: list[Row]) -> None:
+def _trial(start: Start, module: Any, rows: list[Row]) -> None:
     """The gradients of rows, in physical batches of any lengths as in training."""
-    with own_gradients(start) as module:
-        for first in range(0, len(rows), READ_TOGETHER):
-            some = rows[first : first + READ_TOGETHER]
-            for gradients in row_gradients(start, module, some, tuple(start.parameters)):
-                gradients.norm(dim=1)
+    for first in range(0, len(rows), READ_TOGETHER):
+        module.zero_grad(set_to_none=True)
+        _differentiate(start, module, start.collate([dict(row) for row in rows[first : first + READ_TOGETHER]]))
+    for parameter in start.parameters.values():
+        parameter.grad = parameter.grad_sample = None
