@@ -20,7 +20,9 @@ def adapter_header(model: Any) -> dict[str, Any] | None:
 
 
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` without its places, and with names in sorted order: PEFT writes sets as lists."""
+    """`config` without its places, and with names sorted and once each: PEFT writes sets as lists, and adds to a list
+    the same names again with each model that is made by it.
+    """
     kept = {key: value for key, value in config.items() if key not in _OF_THE_FILE and not key.endswith(PLACE)}
     plain: dict[str, Any] = json.loads(json.dumps(kept, default=_plain))
     return {key: _sorted(value) for key, value in plain.items()}
@@ -32,4 +34,4 @@ def _plain(value: Any) -> Any:
 
 def _sorted(value: Any) -> Any:
     names = isinstance(value, list) and all(isinstance(item, str) for item in value)
-    return sorted(value) if names else value
+    return sorted(set(value)) if names else value

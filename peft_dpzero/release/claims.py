@@ -115,7 +115,7 @@ def adapter(evidence: Evidence) -> str:
         raise Failed(f"{ADAPTER_CONFIG_NAME} is {'there' if found else 'missing'}, against the journal")
     if noted is None:
         raise Skipped("the model was tuned without an adapter")
-    _same(comparable(evidence.json(ADAPTER_CONFIG_NAME)), noted, ADAPTER_CONFIG_NAME, "the journal")
+    _same(comparable(evidence.json(ADAPTER_CONFIG_NAME)), comparable(noted), ADAPTER_CONFIG_NAME, "the journal")
     return f"{ADAPTER_CONFIG_NAME} is what the journal names; the name of the base in it was not checked"
 
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from datasets import Dataset
 from peft_dpzero import DPZeroError, DPZeroTrainer, Task, TokenTask, Verbalizer, infer_task
+from peft_dpzero.checks.architectures import reason_to_separate
 from peft_dpzero.checks.causes import check_batch_norm
+from peft_dpzero.checks.passes import try_model
 from peft_dpzero.checks.probe import Probe
 from peft_dpzero.checks.row_bits import digest, row_bits
 from peft_dpzero.checks.synthetic import ProbeBatch
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from tiny import SwitchLayer, arguments, explicit, tiny_dataset, tiny_model
+from tiny import SwitchLayer, arguments, config, explicit, tiny_dataset, tiny_model
 
 CPU = torch.device("cpu")
 PLACE = "bert.encoder.layer.0.output.dropout"
@@ -130,6 +132,23 @@ def test_rows_are_separated_whatever_the_user_asserts_and_the_cause_is_named(mod
 @pytest.mark.parametrize("module", [SwitchLayer(capacity=10_000), Centred()])
 def test_modules_that_are_not_known_separate_rows_untried(module: nn.Module) -> None:
     assert "not known to keep rows apart" in str(reason(with_module(module)))
+
+
+def test_float16_and_other_attention_separate_rows_untried() -> None:
+    half, flash = tiny_model("classifier").half(), tiny_model("classifier")
+    flash.config._attn_implementation = "flash_attention_2"
+    assert "is in float16" in str(reason_to_separate(half, infer_task(half)))
+    assert "attention by flash_attention_2" in str(reason_to_separate(flash, infer_task(flash)))
+
+
+def test_rows_of_compiled_models_go_alone_and_padded_unless_the_user_vouches_for_them() -> None:
+    model = tiny_model("classifier")
+    made = Perturbation(model), infer_task(model)
+    with pytest.warns(UserWarning, match="of compiled kernels it is not known that they keep rows apart"):
+        shapes = try_model(*made, config(), dict, device=CPU, compiles=True).passes.shapes
+    assert (shapes.alone, shapes.exact) == (True, False)
+    asserted = config(rows_asserted_independent=True)
+    assert not try_model(*made, asserted, dict, device=CPU, compiles=True).passes.shapes.alone
 
 
 def test_what_draws_at_random_in_eval_mode_is_refused() -> None:

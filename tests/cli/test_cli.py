@@ -20,7 +20,7 @@ import yaml
 from datasets import ClassLabel, Dataset, Features, Value
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from peft_dpzero import DPZeroConfig, make_plan
+from peft_dpzero import DPZeroConfig, DPZeroTrainer, make_plan
 from peft_dpzero.cli.app import run
 from peft_dpzero.cli.data import Encoder, class_names, with_class_indices
 from peft_dpzero.cli.plan import default_delta
@@ -563,6 +563,39 @@ def test_an_unexpected_failure_with_data_in_hand_quotes_none_of_it(
     line = error_line(capsys)
     assert "ValueError while tokenising the data" in line
     assert not any(sentence in line for sentence in SENTENCES)
+
+
+@pytest.mark.parametrize(
+    ("command", "method", "doing"),
+    [
+        ("train", "train", "training"),
+        ("train", "evaluate", "evaluating"),
+        ("tune", "tune_on", "measuring"),
+        ("audit", "train", "auditing"),
+    ],
+)
+def test_a_failure_of_the_trainer_quotes_none_of_the_data(
+    command: str,
+    method: str,
+    doing: str,
+    recipe: Recipe,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(self: DPZeroTrainer, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(SENTENCES[0])
+
+    for name in ("train", "save_model"):
+        monkeypatch.setattr(DPZeroTrainer, name, lambda *_, **__: None)
+    monkeypatch.setattr(DPZeroTrainer, method, fail)
+    recipe["data"]["eval"] = "rows.csv"
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    assert run([command, str(path)]) == 1
+    shown = "".join(capsys.readouterr())
+    assert f"ValueError while {doing}" in shown
+    assert SENTENCES[0] not in shown
 
 
 def interruptible() -> None:

@@ -55,6 +55,16 @@ def test_a_continued_run_keeps_its_target() -> None:
     assert 2.9 < ACCOUNTANT.epsilon((*spent, Segment(sigma, 0.02, 200))) <= 3.0
 
 
+def test_what_was_released_before_counts_against_the_epsilon_that_stops_a_run() -> None:
+    cap = 1.001 * ACCOUNTANT.epsilon([Segment(4.0, 4 / 64, 23)])
+    capped = explicit(noise_multiplier=4.0, target_epsilon=cap, target_delta=1e-5)
+    plan = make_plan(capped, 64, 4, 25, spent=(Segment(4.0, 4 / 64, 10),))
+    assert plan.steps == 23
+    assert plan.epsilon() <= cap
+    with pytest.raises(DPZeroError, match="Not one more step"):
+        make_plan(capped, 64, 4, 25, spent=(Segment(4.0, 4 / 64, 23),))
+
+
 @pytest.mark.slow
 def test_a_slow_calibration_is_announced(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from peft_dpzero import DPZeroConfig
 from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
 from peft_dpzero.mechanism.clipping import SENSITIVITY, clip
 from peft_dpzero.mechanism.noise import ExactNoise
-from peft_dpzero.mechanism.private_sum import PrivateDifferences, PrivateSum
+from peft_dpzero.mechanism.private_sum import OneProcess, PrivateDifferences, PrivateSum
 from scipy import stats
 
 from tiny import clip_to_grid, explicit
@@ -168,3 +169,33 @@ def test_several_processes_add_the_noise_once() -> None:
     loud = PrivateSum(config(num_directions=1), 1, Others(main=True)).release(0, PrivateDifferences(rows))
     assert quiet.values == (exact,)
     assert loud.values != (exact,)
+
+
+class Sending(OneProcess):
+    """Notes what goes to other processes."""
+
+    def __init__(self) -> None:
+        self.happened: list[tuple[str, list[float]]] = []
+
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.happened.append(("sent", tensor.tolist()))
+        return tensor
+
+
+def test_a_release_is_on_disk_before_other_processes_have_it() -> None:
+    processes = Sending()
+    mechanism = PrivateSum(config(num_directions=2), 4, processes)
+    differences = PrivateDifferences(torch.ones(1, 2, dtype=torch.float64))
+    released = mechanism.release(0, differences, lambda values: processes.happened.append(("disk", list(values))))
+    assert processes.happened == [("disk", list(released.values)), ("sent", list(released.values))]
+
+
+def test_a_release_that_does_not_reach_the_disk_is_not_sent() -> None:
+    def full(values: Sequence[float]) -> None:
+        raise OSError("no space left")
+
+    processes = Sending()
+    mechanism = PrivateSum(config(num_directions=2), 4, processes)
+    with pytest.raises(OSError, match="no space left"):
+        mechanism.release(0, PrivateDifferences(torch.ones(1, 2, dtype=torch.float64)), full)
+    assert not processes.happened

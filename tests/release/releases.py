@@ -20,8 +20,8 @@ CARD, JOURNAL = "README.md", "dpzero_journal"
 LORA = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
 
 
-def trained(folder: Path, resume: bool = False, **changes: Any) -> DPZeroTrainer:
-    """Five steps of LoRA; the base goes to folder/base and the release to folder/release."""
+def trained(folder: Path, resume: bool = False, steps: int = 5, **changes: Any) -> DPZeroTrainer:
+    """A few steps of LoRA; the base goes to folder/base and the release to folder/release."""
     tiny_model("classifier").save_pretrained(folder / "base")
     torch.manual_seed(5)
     data = tiny_dataset("classifier")
@@ -29,7 +29,7 @@ def trained(folder: Path, resume: bool = False, **changes: Any) -> DPZeroTrainer
         data = data.add_column(changes["privacy_unit"], [f"u{row // 2}" for row in range(len(data))])
     run = DPZeroTrainer(
         get_peft_model(tiny_model("classifier"), LORA),
-        arguments(folder / "out", max_steps=5, logging_steps=2),
+        arguments(folder / "out", max_steps=steps, logging_steps=2),
         train_dataset=data,
         dpzero_config=config(**changes),
     )
@@ -60,8 +60,8 @@ def reseal(folder: Path) -> None:
     """Makes the hashes in the record fit the files again."""
 
     def anew(record: dict[str, Any]) -> None:
-        lines = (folder / JOURNAL).read_bytes().splitlines()
-        record["journal"] = {"entries": len(lines) - 1, "sha256": json.loads(lines[-1])["sha256"]}
+        lines = [json.loads(line) for line in (folder / JOURNAL).read_bytes().splitlines()]
+        record["journal"] = {"entries": sum("step" in line for line in lines), "sha256": lines[-1]["sha256"]}
         if "files" in record:
             record["files"] = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in record["files"]}
 

@@ -113,6 +113,14 @@ def test_every_setting_is_compared(honest: Path, tmp_path: Path) -> None:
     assert not uncaught(honest, tmp_path / "edited", paths_to(read(honest / "release" / CONFIG)), tamper)
 
 
+@pytest.mark.parametrize("honest", ["calibrated"], indirect=True)
+def test_more_spent_than_was_asked_for_is_told(honest: Path, tmp_path: Path) -> None:
+    release = shutil.copytree(honest / "release", tmp_path / "edited")
+    edit(release / CONFIG, lambda content: content.update(target_epsilon=0.1))
+    edit_journal(release, lambda lines: lines[0]["header"]["requested"].update(target_epsilon=0.1))
+    assert failures(release) == {"config"}
+
+
 def test_every_field_of_the_adapters_configuration_is_compared(honest: Path, tmp_path: Path) -> None:
     def tamper(folder: Path, path: Any) -> None:
         edit(folder / ADAPTER, lambda content: change_at(content, path))

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft_dpzero import DPZeroConfig, DPZeroTrainer, verify
 from peft_dpzero.cli.app import run as command_line
+from peft_dpzero.release.adapter import adapter_header
 from peft_dpzero.release.frozen import frozen_header
 from peft_dpzero.release.header import in_version
 from safetensors.torch import load_file, save_file
@@ -134,6 +135,45 @@ def test_a_pure_release_is_accounted_as_one(tmp_path: Path) -> None:
     assert {name for name, check in checks.items() if check.status == "FAILED"} == set()
 
 
+def test_a_release_under_replacement_is_accounted_as_one(tmp_path: Path) -> None:
+    trained(tmp_path, neighboring="replace_one")
+    checks = {check.name: check for check in verify(tmp_path / "release", tmp_path / "base")}
+    assert {name for name, check in checks.items() if check.status != "ok"} == {"ε by RDP"}
+    assert checks["ε by RDP"].reason == "Rényi DP does not cover this mechanism under this relation"
+    assert "replace_one, of each example" in checks["guarantee"].reason
+
+
+def test_a_configuration_that_peft_adds_to_with_each_model_is_the_same() -> None:
+    lora = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
+    first, second = (adapter_header(get_peft_model(tiny_model("classifier"), lora)) for _ in range(2))
+    assert first == second
+
+
+def test_names_that_an_older_journal_holds_twice_are_the_same(honest: Path, tmp_path: Path) -> None:
+    release = shutil.copytree(honest / "release", tmp_path / "release")
+    edit_journal(release, lambda lines: lines[0]["header"]["adapter"]["modules_to_save"].append("score"))
+    assert not failures(release)
+
+
+@pytest.fixture(scope="module")
+def continued(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("continued")
+    trained(folder)
+    trained(folder, resume=True, steps=7)
+    return folder
+
+
+@pytest.mark.parametrize("changes", [{"deterministic": True}, {"neighboring": "replace_one"}, {"target_delta": 1e-9}])
+def test_a_segment_with_other_settings_than_the_next_is_told(
+    changes: dict[str, Any], continued: Path, tmp_path: Path
+) -> None:
+    release = shutil.copytree(continued / "release", tmp_path / "release")
+    edit_journal(release, lambda lines: None)
+    assert not failures(release, continued / "base")
+    edit_journal(release, lambda lines: lines[0]["header"]["config"].update(changes))
+    assert failures(release) == {"journal"}
+
+
 def test_a_run_of_an_older_version_goes_on(tmp_path: Path) -> None:
     trained(tmp_path)
     path = tmp_path / "out" / "dpzero_journal"
@@ -173,6 +213,14 @@ def more_values(folder: Path) -> None:
     edit_journal(folder, lambda entries: entries[2]["values"].append(1234))
 
 
+def values_as_floats(folder: Path) -> None:
+    edit_journal(folder, lambda entries: entries[2].update(values=[float(value) for value in entries[2]["values"]]))
+
+
+def fewer_steps_planned(folder: Path) -> None:
+    edit_journal(folder, lambda entries: entries[0]["header"].update(steps=3))
+
+
 TAMPERINGS: dict[str, tuple[Callable[[Path], Any], set[str]]] = {
     "ε lowered in the record": (record(epsilon=0.1), {"ε", "card"}),
     "σ raised everywhere but in the journal": (all_sigmas, {"hashes", "record", "config"}),
@@ -190,6 +238,8 @@ TAMPERINGS: dict[str, tuple[Callable[[Path], Any], set[str]]] = {
     ),
     "learning rate raised, all hashes redone": (raised_rate, {"replay"}),
     "a value more, all hashes redone": (more_values, {"journal"}),
+    "values that are not integers, all hashes redone": (values_as_floats, {"journal"}),
+    "more releases than planned, all hashes redone": (fewer_steps_planned, {"journal"}),
     "lora_alpha raised": (lambda f: edit(f / ADAPTER, lambda c: c.update(lora_alpha=8000)), {"hashes", "adapter"}),
     "extra pickle": (lambda f: torch.save({}, f / "training_args.bin"), {"files"}),
     "extra folder": (lambda f: shutil.copytree(f, f / "checkpoint-x"), {"files"}),

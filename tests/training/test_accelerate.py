@@ -15,6 +15,7 @@ from peft_dpzero.estimation.losses import Losses
 from peft_dpzero.estimation.sampling import PoissonSampler, new_secret
 from peft_dpzero.estimation.shapes import Shapes
 from peft_dpzero.perturbation.perturbation import Perturbation
+from peft_dpzero.processes import AcceleratedProcesses
 from peft_dpzero.release.journal import read_journal
 from peft_dpzero.step import PrivateStep
 from safetensors.torch import load_file
@@ -164,6 +165,18 @@ def test_a_step_without_accelerator_refuses_a_launch_of_several(monkeypatch: pyt
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(DPZeroError, match="Pass the Accelerator"):
         private_step(2, None)
+
+
+def test_a_step_samples_with_the_first_processes_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = torch.arange(32, dtype=torch.uint8)
+
+    def broadcast(self: AcceleratedProcesses, tensor: torch.Tensor) -> torch.Tensor:
+        return key if tensor.dtype == torch.uint8 else tensor
+
+    monkeypatch.setattr(AcceleratedProcesses, "broadcast", broadcast)
+    step = private_step(1, Accelerator(cpu=True))
+    wanted = PoissonSampler(64, step.plan.sample_rate, bytes(range(32)))
+    assert step.batches._sampler.draw(0).tolist() == wanted.draw(0).tolist()
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import dp_accounting
 import pytest
 import torch
 from dp_accounting.pld import PLDAccountant
-from peft import LoraConfig, PromptEncoderConfig, get_peft_model
+from peft import LoraConfig, PromptEncoderConfig, get_peft_model, get_peft_model_state_dict
 from peft_dpzero import (
     DPZeroAdamW,
     DPZeroConfig,
@@ -35,7 +35,7 @@ from peft_dpzero.estimation.shapes import Shapes
 from peft_dpzero.mechanism import accountant
 from peft_dpzero.mechanism.accountant import Accountant, Segment
 from peft_dpzero.perturbation.perturbation import Perturbation
-from peft_dpzero.release.journal import read_journal
+from peft_dpzero.release.journal import Journal, read_journal
 from peft_dpzero.step import PrivateStep
 from peft_dpzero.training.entering import enter_journal, open_journal
 from peft_dpzero.training.run import RunOnDisk
@@ -217,15 +217,44 @@ def test_a_loop_of_ones_own_repeats_where_it_is_asked_to(tmp_path: Path) -> None
     assert released(tmp_path / "a") == released(tmp_path / "b")
 
 
-def test_a_checkpoint_of_another_run_is_refused_whatever_its_name(tmp_path: Path) -> None:
-    saving = {"save_strategy": "steps", "save_steps": 2}
+@pytest.fixture(scope="module")
+def alike(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alike")
     for name in "ab":
-        run(tmp_path / name, 2, **saving).train()
-    checkpoint = tmp_path / "a" / "checkpoint-2"
+        run(folder / name, 2, save_strategy="steps", save_steps=2).train()
+    return folder
+
+
+@pytest.fixture
+def two_runs(alike: Path, tmp_path: Path) -> Path:
+    """The folders a and b of two runs that chance alone tells apart."""
+    return Path(shutil.copytree(alike, tmp_path / "runs"))
+
+
+def test_a_checkpoint_of_another_run_is_refused_whatever_its_name(two_runs: Path) -> None:
+    checkpoint = two_runs / "a" / "checkpoint-2"
     with pytest.raises(DPZeroError, match="is of another run"):
-        run(tmp_path / "b", 4).train(resume_from_checkpoint=str(checkpoint))
-    renamed = shutil.copytree(checkpoint, tmp_path / "best-2024")
-    assert run(tmp_path / "a", 4).train(resume_from_checkpoint=str(renamed)).global_step == 4
+        run(two_runs / "b", 4).train(resume_from_checkpoint=str(checkpoint))
+    renamed = shutil.copytree(checkpoint, two_runs / "best-2024")
+    assert run(two_runs / "a", 4).train(resume_from_checkpoint=str(renamed)).global_step == 4
+
+
+def test_another_runs_checkpoint_is_passed_over(two_runs: Path) -> None:
+    checkpoint = two_runs / "b" / "checkpoint-2"
+    own = checkpoint.rename(two_runs / "own")
+    shutil.copytree(two_runs / "a" / "checkpoint-2", checkpoint)
+    resumed = run(two_runs / "b", 2)
+    resumed.train(resume_from_checkpoint=True)
+    wanted, found = load_file(own / "adapter_model.safetensors"), get_peft_model_state_dict(resumed.model)
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+def test_a_checkpoint_whose_releases_are_unknown_is_refused(two_runs: Path) -> None:
+    checkpoint = two_runs / "a" / "checkpoint-2"
+    (checkpoint / "dpzero_journal").unlink()
+    with pytest.raises(DPZeroError, match="is of another run"):
+        run(two_runs / "a", 4).train(resume_from_checkpoint=str(checkpoint))
 
 
 @pytest.mark.parametrize("saving", [{"save_strategy": "no"}, {"save_strategy": "steps", "save_steps": 2}])
@@ -354,7 +383,7 @@ def test_ctrl_c_while_a_release_goes_to_disk_forgets_no_epsilon(
     assert [entry.step for entry in read_journal(tmp_path / "out" / "dpzero_journal").entries] == list(range(6))
 
 
-def test_a_step_without_a_journal_releases_once_and_in_order() -> None:
+def step_without_a_journal() -> PrivateStep:
     model, data = tiny_model("classifier"), tiny_dataset("classifier")
     plan = make_plan(
         DPZeroConfig(
@@ -370,7 +399,11 @@ def test_a_step_without_a_journal_releases_once_and_in_order() -> None:
         data, PoissonSampler(len(data), plan.sample_rate, new_secret()), default_data_collator, Shapes(4, 4)
     )
     losses = Losses(model, task, lambda batch: batch)
-    step = PrivateStep(model, plan, batches=batches, losses=losses, perturbation=perturbation, optimizer=optimizer)
+    return PrivateStep(model, plan, batches=batches, losses=losses, perturbation=perturbation, optimizer=optimizer)
+
+
+def test_a_step_without_a_journal_releases_once_and_in_order() -> None:
+    step = step_without_a_journal()
     step(1)
     for number in (1, 0):
         with pytest.raises(RuntimeError, match="releases once, in order"):
@@ -378,6 +411,27 @@ def test_a_step_without_a_journal_releases_once_and_in_order() -> None:
     step(2)
     with pytest.raises(RuntimeError, match="planned 3 steps"):
         step(3)
+
+
+def test_a_release_that_was_interrupted_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    step = step_without_a_journal()
+    monkeypatch.setattr(step.mechanism, "release", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        step(0)
+    assert step.made == 1
+    with pytest.raises(RuntimeError, match="releases once, in order"):
+        step(0)
+
+
+def test_a_new_journals_name_is_put_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr("peft_dpzero.release.journal.sync_folder", synced.append)
+    for _ in range(2):
+        Journal(tmp_path / "dpzero_journal", {"steps": 3}).close()
+        assert synced == [tmp_path]
 
 
 @pytest.mark.parametrize(

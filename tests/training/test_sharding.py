@@ -13,19 +13,20 @@ import pytest
 import torch
 from accelerate import ParallelismConfig
 from peft import PeftModel
-from peft_dpzero import DPZeroError, DPZeroTrainer
+from peft_dpzero import DPZeroError, DPZeroTrainer, infer_task
 from peft_dpzero.checks.passes import TriedModel
 from peft_dpzero.cli.app import run as command_line
 from peft_dpzero.estimation.losses import Losses
+from peft_dpzero.estimation.preferences import DPOTask
 from peft_dpzero.release.journal import read_journal
-from peft_dpzero.training.sharding import UnitOrder, check_accelerator, sharding_asked
+from peft_dpzero.training.sharding import UnitOrder, check_accelerator, check_sharded_run, sharding_asked
 from torch import Tensor, nn
 
 import launches
 import sharded_run
 from launches import Launched
 from sharded_run import KILLED_IN, KINDS, STEPS
-from tiny import arguments, tiny_model
+from tiny import adapted, arguments, config, tiny_model
 
 PROCESSES = 4
 BY_LAUNCHER = ["--use_fsdp", "--fsdp_version=2", "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP"]
@@ -217,6 +218,37 @@ def test_what_is_refused_is_refused_on_all_ranks(reports: list[dict[str, Any]], 
 def test_one_process_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DPZeroError, match="accelerate launch"):
         sharded_run.make_trainer(tmp_path, **sharded_run.SHARDED)
+
+
+def of_two_processes(**changes: Any) -> Any:
+    """What is looked at of a Trainer before its model is sharded."""
+    model = adapted()
+    trainer = {
+        "accelerator": SimpleNamespace(num_processes=2),
+        "args": SimpleNamespace(accelerator_config=SimpleNamespace(even_batches=True)),
+        "model": model,
+        "task": infer_task(model),
+        "public_text": None,
+        "dpzero_config": config(),
+        "_compiles": False,
+    }
+    return SimpleNamespace(**(trainer | changes))
+
+
+def test_dpo_is_refused() -> None:
+    check_sharded_run(of_two_processes())
+    with pytest.raises(DPZeroError, match="DPOTrainer runs its reference"):
+        check_sharded_run(of_two_processes(task=DPOTask(0.1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("hf_quantizer", "load the base in bfloat16"), ("hf_device_map", "load it without one")]
+)
+def test_bases_that_were_quantized_or_placed_are_refused(name: str, told: str) -> None:
+    trainer = of_two_processes()
+    setattr(trainer.model.get_base_model(), name, {"": 0})
+    with pytest.raises(DPZeroError, match=told):
+        check_sharded_run(trainer)
 
 
 def test_sharding_is_asked_by_arguments_or_by_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from peft_dpzero import (
     Verbalizer,
 )
 from peft_dpzero.estimation.batching import LogicalBatch
+from peft_dpzero.mechanism.noise import ExactNoise
 from peft_dpzero.mechanism.private_sum import PrivateDifferences
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import (
@@ -160,7 +161,7 @@ def test_evaluation_makes_logits_where_losses_read_only(prompted: bool, tmp_path
 @pytest.mark.parametrize("train_loss", ["withheld", "nonprivate"])
 def test_memory_is_neither_logged_nor_returned(train_loss: str, tmp_path: Path) -> None:
     settings = {"logging_steps": 1, "skip_memory_metrics": False, "eval_dataset": tiny_dataset("classifier", 8)}
-    with pytest.warns(UserWarning, match="No memory metrics"):
+    with pytest.warns(UserWarning, match="Memory metrics are switched off"):
         run = trainer(tmp_path, dpzero=config(train_loss=train_loss), **settings)
     output = run.train()
     returned = [output.metrics, run.evaluate(), run.predict(settings["eval_dataset"]).metrics]
@@ -651,3 +652,12 @@ def test_a_plan_is_of_the_data_that_is_trained_on(tmp_path: Path) -> None:
     run.train()
     assert run.privacy_plan.num_units == 64
     assert run.privacy_record()["sample_rate"] == 4 / 64
+
+
+def test_a_run_samples_and_adds_what_its_record_says(tmp_path: Path) -> None:
+    run = trainer(tmp_path, dpzero=config(noise_multiplier=1.5), max_steps=1)
+    run.train()
+    record, sampler, noise = run.privacy_record(), run.run.step.batches._sampler, run.run.step.mechanism._noise
+    assert (sampler.num_units, sampler.sample_rate) == (len(run.train_dataset), record["sample_rate"])
+    assert type(noise) is ExactNoise
+    assert noise.scale == record["noise_multiplier"] * record["grid_units_per_clipping_threshold"]

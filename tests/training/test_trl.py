@@ -211,7 +211,6 @@ def test_preference_trainers_release_and_log_nothing_raw(tmp_path: Path, make: A
         "train_runtime",
         "train_samples_per_second",
         "train_steps_per_second",
-        "train_loss",
     }
     trainer.save_model(tmp_path / "saved")
     saved = RELEASE | {"tokenizer.json", "tokenizer_config.json"}
