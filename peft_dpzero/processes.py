@@ -81,6 +81,6 @@ def check_processes(connected: int, shards: int) -> None:
         )
     if shards != connected:
         raise DPZeroError(
-            f"LogicalBatches splits a batch in {shards} but {connected} processes take part, so an example could count "
-            "more than once: pass rank=accelerator.process_index, world_size=accelerator.num_processes."
+            f"A batch is split in {shards} but {connected} processes take part, so an example could count more than "
+            "once: launch all of them by accelerate or torchrun."
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft_dpzero.estimation.tasks import Task
+from peft_dpzero import Task
 from torch import Tensor, nn
 
 

@@ -82,7 +82,7 @@ def forward_only(args: Any) -> Any:
             warnings.warn(f"{name} is switched off: there is no backward pass.", stacklevel=3)
             setattr(args, name, False)
     if not args.skip_memory_metrics:
-        warnings.warn("No memory metrics: what a step takes tells of its longest example.", stacklevel=3)
+        warnings.warn("Memory metrics are switched off: what a step takes tells of its longest example.", stacklevel=3)
         args.skip_memory_metrics = True
     return args
 

@@ -65,7 +65,7 @@ def run(arguments: list[str]) -> int:
             return _fail(str(error), 2)
         return _fail(str(error) if isinstance(error, RuntimeError) else f"{type(error).__name__}: {error}", 1)
     if status == INTERRUPTED:
-        hint = "; from a checkpoint, train --resume goes on and releases no step twice" if "train" in arguments else ""
+        hint = "; train --resume goes on and releases no step twice" if "train" in arguments else ""
         return _fail(f"interrupted{hint}", INTERRUPTED)
     return status
 

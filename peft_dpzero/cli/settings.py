@@ -200,10 +200,10 @@ def _data_settings(values: dict[str, Any], task: str, folder: Path) -> DataSetti
     if data.labels is not None and task != "sequence-classification":
         raise DPZeroError("data.labels serves task sequence-classification only: remove it.")
     if (task == "verbalizer-masked") != (f"{{{MASK}}}" in data.text):
-        fix = (
-            "write it where the label word goes" if task == "verbalizer-masked" else "remove it; text ends at the word"
-        )
-        raise DPZeroError(f"data.text and {{{MASK}}} in task {task}: {fix}, for example '{{sentence}} It was'.")
+        fix, example = "remove it; text ends at the word", "{sentence} It was"
+        if task == "verbalizer-masked":
+            fix, example = "write it where the label word goes", f"{{sentence}} It was {{{MASK}}}."
+        raise DPZeroError(f"data.text and {{{MASK}}} in task {task}: {fix}, for example '{example}'.")
     return data
 
 
@@ -224,7 +224,7 @@ def source(name: str, value: str, folder: Path) -> str:
 
 
 def _adapter(values: dict[str, Any], task: str) -> PeftConfig | None:
-    kind = _choice("adapter.kind", values.get("kind"), ADAPTERS)
+    kind = _choice("adapter.kind", values.get("kind", "lora"), ADAPTERS)
     build = ADAPTERS[kind]
     fields = {key: value for key, value in values.items() if key != "kind"}
     if build is None:

@@ -198,7 +198,7 @@ def results(record: dict[str, Any], metrics: dict[str, float]) -> Table:
 
 def train_command(
     config: Annotated[Path, typer.Argument(help="The run in YAML: model, task, data, adapter, dpzero, training.")],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in output_dir.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in output_dir.")] = False,
 ) -> None:
     """Tunes a model privately as a YAML file says, saves it, and shows what it cost."""
     settings = read_settings(config)

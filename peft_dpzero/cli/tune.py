@@ -72,7 +72,7 @@ def measured_table(measured: Measured, config: DPZeroConfig) -> Table:
     table = Table(show_header=False, title=f"measured on {settings.source}")
     rows: dict[str, Any] = {
         "norm of a row's K differences: 10 %, 50 %, 90 %": f"{tenth:.3g}, {median:.3g}, {ninetieth:.3g}",
-        "slopes at λ/√10 and √10·λ differ by": f"{slopes.disagreement:.2%}",
+        "slopes at two neighboring λ differ by": f"{slopes.disagreement:.2%}",
         "seconds a step": f"{measured.seconds_a_step:.3g}",
         "minutes": f"{measured.seconds_a_step * steps / 60:.3g}",
         "signal / noise of a step's estimate": f"{np.sqrt(SIGNAL_SHARE / variance.total):.2g}",

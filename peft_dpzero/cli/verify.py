@@ -63,13 +63,13 @@ def verdict(checks: Sequence[Check]) -> str:
 
 def replay_command(
     base: Annotated[str, typer.Argument(help="The base model: a folder, or a name on the Hub.")],
-    journal: Annotated[str, typer.Argument(help="The release with the journal: a folder, or a name on the Hub.")],
+    release: Annotated[str, typer.Argument(help="What holds the journal: a folder, or a name on the Hub.")],
     out: Annotated[Path, typer.Argument(help="A new folder, for the adapter or the tuned model.")],
     model_class: ModelClass = None,
 ) -> None:
     """Makes a tuned model's weights from its base and its journal, without data."""
-    steps = rebuild(base, journal, out, model_class)
-    print(f"{steps} releases applied to {base}; saved in {out}")
+    steps = rebuild(base, release, out, model_class)
+    print(f"{steps} steps' releases applied to {base}; saved in {out}")
 
 
 def checks_table(checks: Sequence[Check]) -> Table:

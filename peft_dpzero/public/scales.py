@@ -43,7 +43,7 @@ class Slopes:
     Attributes:
         sizes: the root mean square of each row's slopes along directions, ascending.
         smoothing_parameter: λ at which they are told best.
-        disagreement: how far slopes at half a power of ten below and above it differ, relative to their size.
+        disagreement: how far the slopes at the two neighboring λ that were compared differ, relative to their size.
         difference: 'central' or 'forward', as they were read.
     """
 
@@ -131,7 +131,7 @@ def measure_slopes(
     difference: str,
     smoothing_parameter: float | None = None,
 ) -> Slopes:
-    """Reads slopes at several λ and takes the λ at which they agree best with those at the next.
+    """Reads slopes at several λ and takes the middle of the two neighboring λ whose slopes agree best.
 
     Too small a λ leaves the rounding of the losses, too large a one their curvature.
 

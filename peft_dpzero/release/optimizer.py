@@ -78,7 +78,7 @@ class DPZeroOptimizer(torch.optim.Optimizer):
             ValueError: its learning rates are not as many as there are groups.
         """
         if not isinstance(estimate, Estimate):
-            raise RuntimeError("There is no release to apply: call step(estimate) with what a PrivateStep made.")
+            raise RuntimeError("There is no release to apply: call optimizer.step(run.release(number).estimate).")
         perturbation, released = estimate.perturbation, estimate.released
         rates = self.learning_rates if estimate.learning_rates is None else estimate.learning_rates
         if len(rates) == 1:

@@ -29,7 +29,7 @@ def save_beside(
 
     Args:
         folder: where the model was saved.
-        config: as the user gave it.
+        config: the run's, with what was chosen filled in.
         record: from `privacy_record`.
         journal: the run's; None on a process that has none.
         perturbation: over the model that was saved.

@@ -71,11 +71,15 @@ class PreparingMixin(Host):
         self._passes = found[0] if found and run.processes.count == 1 else self._passes_of(tried, perturbation)
 
     def tune_on(self, public_dataset: Any = None, minutes: float | None = None) -> Measured:
-        """Measures what a run of `minutes` would be, without a private row, and changes nothing.
+        """Measures what a run of `minutes` would be, without a private row. No weight changes; the model is left in
+        eval mode, and LoRA's A frozen, as training would.
 
         Args:
             public_dataset: rows as in training, public: in place of `public_text` and made-up rows.
             minutes: how long training may take on this machine; by default the config's, or 5.
+
+        Returns:
+            what was measured; its `settings` are what was chosen.
 
         Raises:
             DPZeroError: what is public is the training data, the losses of its rows cannot be measured, or the model

@@ -161,7 +161,8 @@ class RunOnDisk:
         if self._goes_on:
             if not self.config.is_settled:
                 raise DPZeroError(
-                    "The run that goes on was made with clipping_threshold and smoothing_parameter given."
+                    "The run that goes on was made with clipping_threshold and smoothing_parameter given: give the same "
+                    "values, which are in its dpzero_config.json."
                 )
         elif not self.config.is_settled or self.config.minutes is not None:
             if in_step:
@@ -278,7 +279,8 @@ class RunOnDisk:
 
     def release(self, number: int) -> StepReport:
         """Makes the release of step `number`, or takes it from the journal. See `PrivateStep`."""
-        assert self.step is not None, "begin() comes first"
+        if self.step is None:
+            raise RuntimeError("The run has not started: call release(number) within `with run.started(…):`.")
         report = self.step(number)
         released = self.last = report.estimate.released
         for listener in self.listeners:

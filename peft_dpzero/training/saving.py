@@ -118,11 +118,10 @@ class SavingMixin(Host):
             super()._load_best_model()
         self._weights_step = self.state.best_global_step
 
-    def create_model_card(self, *args: Any, **card_data: Any) -> None:
+    def create_model_card(self, **card_data: Any) -> None:
         """Writes README.md. What is given for it is kept, and goes into every release that is saved from then on.
 
         Args:
-            args: not read.
             card_data: as in `describe_release`.
         """
         self.describe_release(**card_data)

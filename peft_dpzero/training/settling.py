@@ -191,14 +191,14 @@ def find_settings(
         rate = rate or learning_rate(slopes.typical, steps, perturbation.basis is not None)
     chosen = Settings(
         source,
-        settled.clipping_threshold if config.clipping_threshold is None else None,
-        settled.smoothing_parameter if config.smoothing_parameter is None else None,
-        settled.difference if config.difference is None else None,
-        settled.num_directions if config.known_directions is None else None,
-        batch if sizes.batch is None else None,
-        steps if sizes.steps is None else None,
-        rate if sizes.learning_rate is None else None,
-        basis_size if config.basis_size is None else None,
+        clipping_threshold=settled.clipping_threshold if config.clipping_threshold is None else None,
+        smoothing_parameter=settled.smoothing_parameter if config.smoothing_parameter is None else None,
+        difference=settled.difference if config.difference is None else None,
+        num_directions=settled.num_directions if config.known_directions is None else None,
+        expected_batch_size=batch if sizes.batch is None else None,
+        steps=steps if sizes.steps is None else None,
+        learning_rate=rate if sizes.learning_rate is None else None,
+        basis_size=basis_size if config.basis_size is None else None,
     )
     return Measured(chosen, passes, slopes, choice, once)
 
