@@ -94,7 +94,7 @@ def check_columns(dataset: Any, label_names: Sequence[str], needs_labels: bool, 
     """Refuses a data set whose columns show that it was never tokenized, or that it has no labels.
 
     Args:
-        dataset: what has no `column_names` is let pass.
+        dataset: what has no `column_names`, or is transformed as it is read, is let pass.
         label_names: what the Trainer takes for labels besides the usual names.
         needs_labels: whether the collator leaves labels to the data.
         drops_unused: whether columns that the model does not take are dropped before the collator sees them.
@@ -103,7 +103,7 @@ def check_columns(dataset: Any, label_names: Sequence[str], needs_labels: bool, 
         DPZeroError: names the columns.
     """
     columns = getattr(dataset, "column_names", None)
-    if not columns:
+    if not columns or _is_transformed(dataset):
         return
     texts = [name for name, kind in _features(dataset).items() if getattr(kind, "dtype", None) in _STRINGS]
     if texts and drops_unused and not set(columns) & set(_INPUTS):
@@ -122,7 +122,7 @@ def check_labels(dataset: Any, task: Task, model: Any) -> None:
     """Refuses class labels that the model's head cannot have meant.
 
     Args:
-        dataset: what has no typed columns is let pass.
+        dataset: what has no typed columns, or is transformed as it is read, is let pass.
         task: only classes that are told apart are looked at.
         model: its config holds the number of classes.
 
@@ -131,7 +131,7 @@ def check_labels(dataset: Any, task: Task, model: Any) -> None:
     """
     name = next((name for name in _LABELS if name in _features(dataset)), None)
     classes = classes_of(task, model)
-    if name is None or classes is None:
+    if name is None or classes is None or _is_transformed(dataset):
         return
     kind = _features(dataset)[name]
     dtype = str(getattr(kind, "dtype", ""))
@@ -164,6 +164,11 @@ def check_public(text: Any, dataset: Any, name: str = "public_text") -> None:
     public, private = (getattr(data, "_fingerprint", None) for data in (text, dataset))
     if text is dataset or (public is not None and public == private):
         raise DPZeroError(f"{name} is the training data, which is private: give other text of the same kind.")
+
+
+def _is_transformed(dataset: Any) -> bool:
+    """Whether `set_transform` or `with_transform` makes rows that the columns say nothing of."""
+    return dict(getattr(dataset, "format", None) or {}).get("type") == "custom"
 
 
 def _features(dataset: Any) -> dict[str, Any]:

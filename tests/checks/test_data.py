@@ -53,6 +53,19 @@ def test_text_that_was_never_tokenized(tmp_path: Path) -> None:
     refused(tmp_path, dataset, "no 'input_ids': tokenize 'sentence' first")
 
 
+def test_rows_that_a_transform_makes_are_trained_on(tmp_path: Path) -> None:
+    tokenizer = word_tokenizer()
+    dataset = Dataset.from_dict({"text": ["w5 w6 w7", "w8 w9"] * 32, "label": ["good", "bad"] * 32})
+    dataset.set_transform(
+        lambda rows: dict(tokenizer(rows["text"]), labels=[int(label == "good") for label in rows["label"]])
+    )
+    args = arguments(tmp_path, max_steps=1, remove_unused_columns=False)
+    run = DPZeroTrainer(
+        adapted(), args, train_dataset=dataset, processing_class=tokenizer, dpzero_config=config(clipping="fixed")
+    )
+    assert run.train().global_step == 1
+
+
 def test_the_training_data_are_not_public(tmp_path: Path) -> None:
     dataset = tiny_dataset("classifier")
     refused(tmp_path, dataset, "public_text is the training data", public_text=dataset)
