@@ -23,7 +23,8 @@ def bring_trained_into_memory(model: nn.Module) -> None:
     makes them on the meta device. They get the initial values that PEFT would have given them.
 
     Raises:
-        DPZeroError: a module holds trained and frozen parameters together, and is offloaded.
+        DPZeroError: a module holds trained and frozen parameters together, and is offloaded; or what is trained was
+            loaded onto the disk.
     """
     for name, module in model.named_modules():
         hook = _offloading_hook(module)
@@ -34,6 +35,11 @@ def bring_trained_into_memory(model: nn.Module) -> None:
             raise DPZeroError(f"Some parameters of {name} are trained and others not: keep that module in memory.")
         remove_hook_from_module(module)
         for parameter in module.parameters(recurse=False):
+            if parameter.is_meta:
+                raise DPZeroError(
+                    f"{name} is trained and was loaded onto the disk: keep that module in memory by its device_map, or "
+                    "train an adapter."
+                )
             # From disk comes a view of a file.
             parameter.data = parameter.detach().to(hook.execution_device, copy=True)
     for module in model.modules():

@@ -161,8 +161,8 @@ class RunOnDisk:
         if self._goes_on:
             if not self.config.is_settled:
                 raise DPZeroError(
-                    "The run that goes on was made with clipping_threshold and smoothing_parameter given: give the same "
-                    "values, which are in its dpzero_config.json."
+                    "The run that goes on was made with clipping_threshold and smoothing_parameter given: give the "
+                    "values in its dpzero_config.json."
                 )
         elif not self.config.is_settled or self.config.minutes is not None:
             if in_step:
