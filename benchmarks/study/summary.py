@@ -31,7 +31,8 @@ class Spread:
     def shown(self, scale: float = 1.0, digits: int = 1) -> str:
         """`mean ± deviation (n)`."""
         apart = "" if self.deviation is None else f" ± {scale * self.deviation:.{digits}f}"
-        return f"{scale * self.mean:.{digits}f}{apart} ({self.number})"
+        mean = round(scale * self.mean, digits) + 0.0  # no −0.0
+        return f"{mean:.{digits}f}{apart} ({self.number})"
 
 
 @dataclass(frozen=True)
