@@ -390,13 +390,13 @@ def lora_offloaded_to_cpu(folder: Path, offload: Path, **changes: Any) -> Any:
     return cpu_offload(lora(loaded(folder), **changes), execution_device=CPU)
 
 
+OFFLOADED = [lora_on_offloaded, dispatched_lora, lora_offloaded_to_disk, lora_offloaded_to_cpu]
+
+
 def test_weights_that_were_loaded_onto_the_disk_are_not_trained(base_folder: Path, tmp_path: Path) -> None:
     model = loaded(base_folder, device_map=DEVICE_MAP, offload_folder=tmp_path / "offload").requires_grad_(True)
     with pytest.raises(DPZeroError, match="is trained and was loaded onto the disk"):
         trainer(tmp_path / "full", model, tiny_dataset("causal_lm")).train()
-
-
-OFFLOADED = [lora_on_offloaded, dispatched_lora, lora_offloaded_to_disk, lora_offloaded_to_cpu]
 
 
 @pytest.mark.parametrize("offloaded", OFFLOADED)

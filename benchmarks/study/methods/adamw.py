@@ -29,7 +29,8 @@ def adamw(start: Start, clock: Clock, epsilon: float | None, seed: int, folder: 
 
     rows = min(ROWS, start.size.batch)
     epoch = math.ceil(len(start.train) / rows)
-    fit = clock.steps(PASSES_A_ROW * rows, lambda: differentiate(start.some_rows(rows)))
+    tried = start.some_rows(rows)
+    fit = clock.steps(PASSES_A_ROW * rows, lambda: differentiate(tried))
     steps = min(EPOCHS * epoch, fit)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     random = np.random.RandomState(seed)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 
 class DoesNotFit(Exception):
     """The method cannot do anything sensible in this budget."""
@@ -26,6 +28,11 @@ class Outcome:
     passes: float = 0.0
     privacy: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+
+
+def root_mean_square(values: Tensor) -> float:
+    """The usual size of differences, which thresholds are set to."""
+    return float(values.square().mean().sqrt())
 
 
 # (start, clock, epsilon, seed, folder, **settings) → what was done: trains `start.model` in place.

@@ -46,10 +46,11 @@ def private_loop(
         rate: η of the first step, which falls to 0; or a function from T to that.
     """
     batch = min(batch, start.size.batch)
+    tried = start.some_rows(batch)
 
     def trial() -> None:
         reader.prepare()
-        reader.read(start.some_rows(batch))
+        reader.read(tried)
 
     steps = clock.steps(reader.passes_a_row * batch, trial)
     mechanism = PoissonGaussian(epsilon, len(start.train), batch, steps, threshold)

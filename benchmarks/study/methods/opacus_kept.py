@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft_dpzero.modules import hooked
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -45,8 +45,7 @@ def kept_trunk(start: Start) -> Iterator[AboveTrunk]:
     if not hasattr(base, "bert") or any(p.requires_grad for p in base.bert.encoder.layer[:-1].parameters()):
         raise DoesNotFit("a stock BERT classifier that trains its last layer")
     embeddings, layers = base.bert.embeddings, base.bert.encoder.layer
-    parts = {field.name: getattr(start, field.name) for field in fields(start)}
-    above = AboveTrunk(**parts | {"train": _entering(start, layers[-1])})
+    above = AboveTrunk(**vars(start) | {"train": _entering(start, layers[-1])})
     try:
         base.bert.embeddings, base.bert.encoder.layer = _AsGiven(), layers[-1:]
         yield above
@@ -57,19 +56,15 @@ def kept_trunk(start: Start) -> Iterator[AboveTrunk]:
 @torch.no_grad()
 def _entering(start: Start, layer: nn.Module) -> list[Row]:
     """The private rows with what enters `layer`, without its padding: (l, d)."""
-    entered: list[Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))
+    entered, found = list[Tensor](), list[Tensor]()
     order = sorted(range(len(start.train)), key=lambda i: len(start.train[i]["input_ids"]))
-    try:
+    with hooked([layer.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))]):
         for batch in start.batches([start.train[i] for i in order]):
             start.model(**start.loss.inputs(batch))
-    finally:
-        hook.remove()
-    made: dict[int, Row] = {}
-    for number, hidden in zip(order, (row for part in entered for row in part), strict=True):
-        row = start.train[number]
-        made[number] = {**row, "inputs_embeds": hidden[: len(row["input_ids"])].clone()}
-    return [made[number] for number in range(len(made))]
+            lengths = batch["attention_mask"].sum(dim=1).tolist()
+            found += [hidden[:length].clone() for hidden, length in zip(entered.pop(), lengths, strict=True)]
+    of = dict(zip(order, found, strict=True))
+    return [{**row, "inputs_embeds": of[number]} for number, row in enumerate(start.train)]
 
 
 def _padded(rows: list[Row]) -> Batch:

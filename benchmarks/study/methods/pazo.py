@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..clock import Clock
 from ..mechanism import secret_generator
 from ..models import Row, Start
-from .base import Outcome
+from .base import Outcome, root_mean_square
 from .loop import private_loop
 from .ours import PUBLISHED_MOVE, PUBLISHED_ROWS
 
@@ -46,11 +46,11 @@ def pazo(
 
 def usual_difference(reader: PublicGradients, public: list[Row]) -> float:
     """The root mean square of public rows' differences along combinations of the same gradients."""
-    squares = []
+    differences = []
     for _ in range(MEASURED_DIRECTIONS):
         reader.draw()
-        squares.append(reader.read(public).square().mean())
-    return float(torch.stack(squares).mean().sqrt())
+        differences.append(reader.read(public))
+    return root_mean_square(torch.stack(differences))
 
 
 class PublicGradients:

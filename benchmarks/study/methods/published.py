@@ -23,7 +23,7 @@ from ..cells import DELTA
 from ..clock import Clock
 from ..mechanism import pld_epsilon, published_noise_multiplier
 from ..models import Row, Start
-from .base import Outcome
+from .base import Outcome, root_mean_square
 from .ours import PUBLISHED_MOVE, PUBLISHED_ROWS
 
 PASSES_A_ROW = 2
@@ -42,7 +42,8 @@ def published(
     step.clipping_threshold = usual_difference(step, start.public[:MEASURED_ROWS])
     epoch = len(start.train) // rows  # the rest of an epoch would get too little noise
     before = start.weights()
-    steps = clock.steps(PASSES_A_ROW * rows, lambda: step(0, start.some_rows(rows)))
+    tried = start.some_rows(rows)
+    steps = clock.steps(PASSES_A_ROW * rows, lambda: step(0, tried))
     start.restore(before)
     step.noise = published_noise_multiplier(epsilon, rows / len(start.train), steps)
 
@@ -104,12 +105,12 @@ def reference_of(start: Start, rows: int) -> Reference:
 
 def usual_difference(step: Reference, public: list[Row]) -> float:
     """The root mean square of public rows' differences along random directions."""
-    batch, squares = step.collate(public), []
+    batch, differences = step.collate(public), []
     for seed in range(MEASURED_DIRECTIONS):
         step.perturb(seed, 1)
         plus = step.losses(batch)
         step.perturb(seed, -2)
         minus = step.losses(batch)
         step.perturb(seed, 1)
-        squares.append(((plus - minus) / (2 * step.smoothing_parameter)).square().mean())
-    return float(torch.stack(squares).mean().sqrt())
+        differences.append((plus - minus) / (2 * step.smoothing_parameter))
+    return root_mean_square(torch.stack(differences))
